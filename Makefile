@@ -1,0 +1,90 @@
+# make demo · make test · make lint · make bench: each sets up .venv itself.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+EXTRAS := train,atoms,molecules,points,bench,dev
+NVCC_PINS := nvidia-cuda-nvcc==13.0.88 nvidia-nvvm==13.0.88 nvidia-cuda-crt==13.0.88 nvidia-cuda-runtime==13.0.96 nvidia-cuda-cccl==13.0.85
+
+# Without a C++ compiler everything still works on the plain-PyTorch kernels; with CI set that is an error.
+CXX_FOUND := $(shell command -v $(firstword $(CXX)) 2>/dev/null)
+ifneq ($(CXX_FOUND)$(CI),)
+  export GEO_CPU := ON
+else
+  export GEO_CPU := OFF
+endif
+export GEO_CUDA ?= AUTO
+
+NATIVE := CMakeLists.txt $(shell find csrc -type f 2>/dev/null)
+
+.PHONY: help
+help:
+	@echo "make demo        train an SE(3)-equivariant potential on ethanol and run molecular dynamics with it"
+	@echo "make test        the test suite"
+	@echo "make test-all    the test suite with the slow tests"
+	@echo "make lint        ruff (lint and format) and mypy"
+	@echo "make bench       the benchmarks that the targets are stated for"
+	@echo "make cuda-check  compile the CUDA kernels (needs no GPU)"
+	@echo "make simd-check  the AVX-512 kernels really use 512-bit registers"
+	@echo "make clean       remove .venv and build"
+
+# torch first, under the constraint: the compiled kernels are built against the torch that will run them.
+$(VENV)/.deps: pyproject.toml constraints.txt
+	@echo "== installing into $(VENV) (a minute or two)"
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q torch numpy "scikit-build-core>=0.11" "cmake>=3.24" ninja
+	$(BIN)/pip install -q $$($(BIN)/python -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
+	  print(*('\'' + r.replace(' ', '') + '\'' for r in p['dependencies'] + [r for e in '$(EXTRAS)'.split(',') for r in p['optional-dependencies'][e]]))" | tr -d "'")
+	touch $@
+
+$(VENV)/.installed: $(VENV)/.deps $(NATIVE)
+	@if [ "$(GEO_CPU)" = OFF ]; then echo "== no C++ compiler: geo runs on its plain-PyTorch kernels"; fi
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pip install -q --no-build-isolation --no-deps -e .
+	touch $@
+
+.PHONY: install
+install: $(VENV)/.installed
+
+.PHONY: demo
+demo: install
+	$(BIN)/python examples/molecules.py
+
+.PHONY: test test-all
+test: install
+	$(BIN)/python -m geo
+	$(BIN)/python -m pytest -m "not slow"
+test-all: install
+	$(BIN)/python -m pytest
+
+.PHONY: lint
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+.PHONY: bench
+bench: install
+	$(BIN)/python -m geo bench se_conv
+
+# nvcc from PATH, else the pinned wheels in .venv, else this fails.
+.PHONY: cuda-check
+cuda-check: $(VENV)/.deps
+	@if ! command -v nvcc >/dev/null; then $(BIN)/pip install -q $(NVCC_PINS); fi
+	@nvcc=$$(command -v nvcc || ls $(CURDIR)/$(VENV)/lib/python3*/site-packages/nvidia/cu13/bin/nvcc); \
+	echo "== compiling the CUDA kernels with $$($$nvcc --version | tail -n 1)"; \
+	GEO_CPU=OFF GEO_CUDA=ON $(BIN)/cmake -S . -B build/cuda-check -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja \
+	  -DCMAKE_BUILD_TYPE=Release -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python -DCMAKE_CUDA_COMPILER=$$nvcc >/dev/null
+	$(BIN)/cmake --build build/cuda-check
+
+.PHONY: simd-check
+simd-check: install
+	$(BIN)/python csrc/simd_check.py
+
+.PHONY: clean
+clean:
+	rm -rf $(VENV) build geo/_lib
