@@ -1,7 +1,8 @@
 """``geo``: graph and geometric deep learning layers, ops, datasets and examples for PyTorch.
 
 The rooms are imported on first use, so ``import geo`` itself costs nothing beyond the standard library:
-``geo.nn``, ``geo.transforms``, ``geo.o3``, ``geo.ops``, ``geo.datasets``, ``geo.atoms``, ``geo.training``, ``geo.testing``.
+``geo.nn``, ``geo.transforms``, ``geo.o3``, ``geo.ops``, ``geo.datasets``, ``geo.atoms``, ``geo.training``,
+``geo.testing``, ``geo.bench``.
 """
 
 from __future__ import annotations
@@ -38,8 +39,7 @@ def info(file: TextIO | None = None) -> None:
 
     import torch
 
-    import geo.ops
-    from geo import _native
+    from geo import _native, ops  # noqa: F401  importing ops loads the native libraries
 
     def version(name: str) -> str:
         try:
