@@ -71,14 +71,17 @@ lint: install
 bench: install
 	$(BIN)/python -m geo bench se_conv
 
-# nvcc from PATH, else the pinned wheels in .venv, else this fails.
+# nvcc from PATH, else the pinned wheels in .venv (which lack the two links that nvcc's linker wants), else this fails.
 .PHONY: cuda-check
 cuda-check: $(VENV)/.deps
-	@if ! command -v nvcc >/dev/null; then $(BIN)/pip install -q $(NVCC_PINS); fi
+	@if ! command -v nvcc >/dev/null; then \
+	  $(BIN)/pip install -q $(NVCC_PINS); \
+	  cd $(VENV)/lib/python3*/site-packages/nvidia/cu13; ln -sfn lib lib64; ln -sf libcudart.so.13 lib/libcudart.so; \
+	fi
 	@nvcc=$$(command -v nvcc || ls $(CURDIR)/$(VENV)/lib/python3*/site-packages/nvidia/cu13/bin/nvcc); \
-	echo "== compiling the CUDA kernels with $$($$nvcc --version | tail -n 1)"; \
-	GEO_CPU=OFF GEO_CUDA=ON $(BIN)/cmake -S . -B build/cuda-check -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja \
-	  -DCMAKE_BUILD_TYPE=Release -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python -DCMAKE_CUDA_COMPILER=$$nvcc >/dev/null
+	echo "== compiling the CUDA kernels with $$($$nvcc --version | tail -n 1)"; rm -rf build/cuda-check; \
+	PATH="$(CURDIR)/$(BIN):$$PATH" GEO_CPU=OFF GEO_CUDA=ON cmake -S . -B build/cuda-check -G Ninja \
+	  -DCMAKE_BUILD_TYPE=Release -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python -DCMAKE_CUDA_COMPILER=$$nvcc >/dev/null; \
 	$(BIN)/cmake --build build/cuda-check
 
 .PHONY: simd-check
