@@ -1,0 +1,37 @@
+"""Functions of tensors that run compiled kernels where they are built, and plain PyTorch where they are not.
+
+Each op ``f`` has ``f_reference`` beside it: its definition in plain PyTorch, and the supported path under torch.func.
+"""
+
+from __future__ import annotations
+
+if __name__ != "geo.ops":  # the repository root is on sys.path and this folder was found by its own name
+    raise ImportError("this folder is the package geo.ops: import it under that name")
+
+from geo import _native
+from geo.ops.bounds import check_bounds
+from geo.ops.gather_mul import (
+    gather_mul,
+    gather_mul_reference,
+    gather_mul_segment_sum,
+    gather_mul_segment_sum_reference,
+)
+from geo.ops.plan import SegmentPlan, csr_from_index, csr_from_index_reference
+from geo.ops.segment import gather_csr, gather_csr_reference, segment_reduce, segment_reduce_reference
+
+_native.load()
+
+__all__ = [
+    "SegmentPlan",
+    "check_bounds",
+    "csr_from_index",
+    "csr_from_index_reference",
+    "gather_csr",
+    "gather_csr_reference",
+    "gather_mul",
+    "gather_mul_reference",
+    "gather_mul_segment_sum",
+    "gather_mul_segment_sum_reference",
+    "segment_reduce",
+    "segment_reduce_reference",
+]
