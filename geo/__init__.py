@@ -39,7 +39,7 @@ def info(file: TextIO | None = None) -> None:
 
     import torch
 
-    from geo import _native, ops  # noqa: F401  importing ops loads the native libraries
+    from geo import _native
 
     def version(name: str) -> str:
         try:
@@ -50,7 +50,6 @@ def info(file: TextIO | None = None) -> None:
     rows = [("geo", __version__), ("python", platform.python_version()), ("torch", torch.__version__)]
     rows += [(name, version(name)) for name in ("torch-geometric", "e3nn", "numpy", "scipy", "lightning", "ase")]
     rows += [(f"{kind} kernels", status) for kind, status in _native.build_info().items()]
-    rows += [("simd level", _native.simd_level())]
     if torch.cuda.is_available():
         rows += [("cuda device", torch.cuda.get_device_name())]
     rows += [("threads", f"{torch.get_num_threads()} (of {os.cpu_count()} cores)")]
