@@ -62,7 +62,7 @@ def _load(kind: str) -> None:
         try:
             torch.ops.load_library(str(path))
             note = f" ({_read_simd_level(path)})" if kind == "cpu" else ""
-        except Exception as err:  # wrong torch, missing symbol, damaged file
+        except Exception as err:  # noqa: BLE001  wrong torch, missing symbol, damaged file
             why = err.__cause__ or err  # torch hides the loader's own message in __cause__
             _STATUS[kind] = f"failed: {path}: {why}"
             warnings.warn(f"geo: cannot load {path}, using the plain-PyTorch kernels instead: {why}", stacklevel=2)
@@ -91,7 +91,7 @@ def have(kind: str) -> bool:
     return build_info().get(kind, "").startswith("loaded")
 
 
-def simd_level() -> str | None:
-    """The instruction set the CPU kernels use, one of ``SIMD_LEVELS``; None where they are not loaded."""
+def simd_level() -> str:
+    """The instruction set the CPU kernels use, one of ``SIMD_LEVELS``; "none" where they are not loaded."""
     build_info()
-    return _SIMD[0] if _SIMD else None
+    return _SIMD[0] if _SIMD else "none"

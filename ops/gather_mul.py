@@ -5,9 +5,9 @@ Both ops are derivatives of one trilinear form over the edges e, with source s(e
 .. math:: T(x, w, g) = \sum_e \langle x_{s(e)} \odot w_e,\, g_{t(e)} \rangle .
 
 ``gather_mul_segment_sum`` is its derivative in g (and, with sources and targets exchanged, in x), ``gather_mul`` its
-derivative in w. So each one's gradient is the other, to any order, and no pass ever reorders or copies w: the transposed
-pass reads it through the CSR order by source. An axis along which w is shared has size 1 in w, and ``gather_mul`` sums
-over it while it computes.
+derivative in w. So each one's gradient is the other, to any order, and no pass ever reorders or copies w: the
+transposed pass reads it through the CSR order by source. An axis along which w is shared has size 1 in w, and
+``gather_mul`` sums over it while it computes.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def gather_mul(x: Tensor, g: Tensor, src_index: Tensor, dst_index: Tensor) -> Te
     return out
 
 
-# -- what the arguments must be (also used by gather_linear) -------------------------------------------------------------
+# -- what the arguments must be (also used by gather_linear) -----------------------------------------------------------
 def resolve(
     op: str, src_index: Tensor | None, ptr: Tensor | None, edge_perm: Tensor | None, plan: SegmentPlan | None
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
@@ -153,22 +153,26 @@ def resolve(
 
 
 def check_index_tensor(op: str, name: str, index: Tensor) -> None:
+    """Refuse an index that is not int64 with one axis."""
     if index.dim() != 1 or index.dtype != torch.int64:
         raise ValueError(f"{op}: {name} must be int64 with one axis, got {index.dtype} {list(index.shape)}")
 
 
 def check_one_device(op: str, **tensors: Tensor) -> None:
+    """Refuse tensors on different devices."""
     if len({t.device for t in tensors.values()}) > 1:
         found = ", ".join(f"{name} on {t.device}" for name, t in tensors.items())
         raise ValueError(f"{op}: all tensors must be on one device, got {found}")
 
 
 def check_sources(op: str, plan: SegmentPlan, x: Tensor) -> None:
+    """Refuse a plan built for another number of sources."""
     if plan.src_size != x.size(0):
         raise ValueError(f"{op}: x has {x.size(0)} rows, the plan was built for {plan.src_size} sources")
 
 
 def check_rows(op: str, x: Tensor, weight: Tensor, src_index: Tensor) -> None:
+    """Refuse a weight that does not go with x and the edges."""
     if x.dim() < 1 or weight.dim() != x.dim():
         raise ValueError(f"{op}: weight must have as many axes as x, got {list(weight.shape)} for x {list(x.shape)}")
     if weight.size(0) != src_index.size(0):
@@ -224,7 +228,7 @@ def _gather_mul_segment_sum(x: Tensor, weight: Tensor, src_index: Tensor, dst_in
     return out.index_add(0, dst_index, messages).to(x.dtype)
 
 
-# -- schemas, shapes and gradients ---------------------------------------------------------------------------------------
+# -- schemas, shapes and gradients -------------------------------------------------------------------------------------
 def check_edges(
     op: str, num_src: int, src_index: Tensor, dst_index: Tensor | None, ptr: Tensor, perm: Tensor | None
 ) -> Tensor:

@@ -161,7 +161,7 @@ def _take(src: Tensor, arg: Tensor) -> Tensor:
     return torch.where(arg < src.size(0), src.gather(0, arg.clamp(max=src.size(0) - 1)), 0)
 
 
-# -- schemas, shapes and gradients ---------------------------------------------------------------------------------------
+# -- schemas, shapes and gradients -------------------------------------------------------------------------------------
 def _segment_sum_kernel(src: Tensor, ptr: Tensor, mean: bool) -> Tensor:
     bounds.check_ptr("segment_sum", ptr, src.size(0))
     return _segment_sum(src, ptr, mean)
