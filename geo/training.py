@@ -1,0 +1,685 @@
+"""What the examples share: Lightning modules, command-line flags, the last table and the plots.
+
+An example is one flat script. What every script would otherwise repeat stands here once:
+
+* ``training_flags`` adds the flags (``--epochs``, ``--max-time``, ``--resume``, ``--smoke``, ...) to a parser;
+* ``EnergyForces`` and ``Supervised`` are the two Lightning modules: a potential, and anything with one loss;
+* ``fit`` builds the trainer (progress bar, CSV log, checkpoints, gradient clipping, time budget) and trains;
+* ``format_table``, ``report``, ``parity_plot`` and ``curve_plot`` print and save what a run found.
+
+The learning rate warms up linearly and then falls as a cosine to zero *at the end of the budget*, a number of epochs
+or a time: with ``--max-time`` the cosine reads the clock, so that models trained for the same time each see their whole
+schedule.
+
+Needs the extra ``train``: ``pip install torch-geo[train]``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import csv
+import math
+import os
+import re
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+try:
+    import lightning
+    from lightning.pytorch.callbacks import Callback, ModelCheckpoint, Timer
+    from lightning.pytorch.loggers import CSVLogger
+except ImportError as error:
+    raise ImportError("geo.training needs Lightning: pip install 'torch-geo[train]'") from error
+
+__all__ = [
+    "EnergyForces",
+    "Supervised",
+    "curve_plot",
+    "fit",
+    "format_table",
+    "parity_plot",
+    "parse_time",
+    "read_log",
+    "report",
+    "start",
+    "training_flags",
+    "write_atomic",
+]
+
+EV_TO_MEV = 1000.0
+
+
+# --- flags ------------------------------------------------------------------------------------------------------------
+
+
+def parse_time(text: str) -> float:
+    """Seconds in a time span written as in Lightning, ``DD:HH:MM:SS``.
+
+    Args:
+        text: Four integers separated by colons.
+
+    Raises:
+        ValueError: If the text has another form.
+
+    Example:
+        >>> parse_time("00:00:01:30")
+        90.0
+    """
+    match = re.fullmatch(r"(\d+):(\d+):(\d+):(\d+)", text.strip())
+    if match is None:
+        raise ValueError(f"max-time must be written DD:HH:MM:SS (for example 00:00:01:30), got {text!r}")
+    days, hours, minutes, seconds = (int(group) for group in match.groups())
+    return float(((days * 24 + hours) * 60 + minutes) * 60 + seconds)
+
+
+def _time_flag(text: str) -> float:
+    try:
+        return parse_time(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _positive(text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be a positive integer, got {text!r}")
+    return value
+
+
+def training_flags(
+    parser: argparse.ArgumentParser,
+    *,
+    out: str,
+    batch_size: int,
+    lr: float,
+    budget: str,
+    seed: int = 0,
+) -> None:
+    """Add the flags that all examples understand.
+
+    Args:
+        parser: The example's parser.
+        out: Default folder of everything the run writes.
+        batch_size: Default number of graphs in a step.
+        lr: Default peak learning rate.
+        budget: What is trained when neither ``--epochs`` nor ``--max-time`` is given, in words (for ``--help``).
+        seed: Default seed.
+    """
+    group = parser.add_argument_group("training")
+    group.add_argument(
+        "--epochs", type=_positive, default=None, help=f"passes over the training data (default: {budget})"
+    )
+    group.add_argument(
+        "--max-time",
+        type=_time_flag,
+        default=None,
+        metavar="DD:HH:MM:SS",
+        help="training time of each model, as in Lightning; with --epochs, whichever ends first",
+    )
+    group.add_argument(
+        "--batch-size", type=_positive, default=batch_size, help="graphs in a step (default: %(default)s)"
+    )
+    group.add_argument("--lr", type=float, default=lr, help="peak learning rate (default: %(default)s)")
+    group.add_argument(
+        "--seed", type=int, default=seed, help="seed of weights, shuffling and splits (default: %(default)s)"
+    )
+    group.add_argument("--resume", action="store_true", help="continue from the last checkpoint found in --out")
+    group.add_argument("--smoke", action="store_true", help="two steps on a handful of samples: does it run at all?")
+    group = parser.add_argument_group("machine")
+    group.add_argument("--accelerator", default="auto", help="cpu, gpu, mps or auto (default: %(default)s)")
+    group.add_argument("--devices", type=_positive, default=1, help="how many of them (default: %(default)s)")
+    group.add_argument("--threads", type=_positive, default=None, help="CPU threads (default: all cores)")
+    group = parser.add_argument_group("files")
+    group.add_argument(
+        "--out", type=Path, default=Path(out), help="folder for logs, checkpoints, plots (default: %(default)s)"
+    )
+    group.add_argument("--root", type=Path, default=None, help="folder of the data (default: a cache inside --out)")
+
+
+def start(args: argparse.Namespace) -> None:
+    """Seed every generator, set the threads and make the output folder; call it first.
+
+    Args:
+        args: Parsed flags of ``training_flags``.
+    """
+    # Lightning advises more data-loader workers and other tastes; a user of an example cannot act on any of it.
+    warnings.filterwarnings("ignore", module=r"lightning\..*")
+    warnings.filterwarnings("ignore", message=r".*does not have many workers.*")
+    _quiet_lightning()
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    lightning.seed_everything(args.seed, workers=True, verbose=False)
+    args.out.mkdir(parents=True, exist_ok=True)
+    if args.root is None:
+        args.root = args.out / "data"
+
+
+def _quiet_lightning() -> None:
+    import logging
+
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+# --- Lightning modules ------------------------------------------------------------------------------------------------
+
+
+class _Trained(lightning.LightningModule):
+    """Optimiser, schedule and moving average, the same for every example."""
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        lr: float = 5e-4,
+        weight_decay: float = 1e-10,
+        warmup: float = 0.02,
+        ema: float | None = None,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.lr, self.weight_decay, self.warmup = lr, weight_decay, warmup
+        self.max_seconds: float | None = None
+        # A moving average of 0.99 forgets the start within a few hundred steps.
+        self.average = None if ema is None else AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(ema))
+
+    @property
+    def predictor(self) -> torch.nn.Module:
+        """The weights to predict with: the moving average where there is one."""
+        if self.average is None or self.training:
+            return self.model
+        module: torch.nn.Module = self.average.module
+        return module
+
+    def progress(self, step: int, total: float) -> float:
+        """How much of the budget is spent, between 0 and 1: by steps, or by the clock where that is further."""
+        done = step / total if math.isfinite(total) and total > 0 else 0.0
+        if self.max_seconds:
+            timers = [callback for callback in self.trainer.callbacks if isinstance(callback, Timer)]
+            done = max([done, *(timer.time_elapsed("train") / self.max_seconds for timer in timers)])
+        return min(done, 1.0)
+
+    def configure_optimizers(self) -> Any:
+        """Adam, no weight decay on biases and normalisation, warm-up then cosine."""
+        decay = [p for p in self.model.parameters() if p.requires_grad and p.dim() > 1]
+        plain = [p for p in self.model.parameters() if p.requires_grad and p.dim() <= 1]
+        groups = [{"params": decay, "weight_decay": self.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+        optimizer = torch.optim.Adam([group for group in groups if group["params"]], lr=self.lr)
+        total = float(self.trainer.estimated_stepping_batches)
+
+        def factor(step: int) -> float:
+            done = self.progress(step, total)
+            rise = min(1.0, done / self.warmup) if self.warmup > 0 else 1.0
+            return max(rise, 0.02) * 0.5 * (1.0 + math.cos(math.pi * done))
+
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Update the moving average."""
+        if self.average is not None:
+            self.average.update_parameters(self.model)
+
+
+class EnergyForces(_Trained):
+    """Train a potential on energies and forces.
+
+    The model sees one batch and returns ``(energy [G], forces [V, 3])`` *in units of* ``scale``, without the atoms'
+    own energies; this module adds them back, so what ``forward`` returns is in eV and eV/Å. With F the reference
+    forces, s the scale, E the reference energy minus the per-element shifts, the loss is
+
+        energy_weight * mean (e - E/s)^2  +  mean (f - F/s)^2.
+
+    Args:
+        model: Called as ``model(batch)``.
+        energy_shift: Energy of each atom by its atomic number, in eV, a tensor [max Z + 1].
+        scale: Root mean square of the training forces, in eV/Å.
+        energy_weight: Weight of the energy term.
+        lr: Peak learning rate.
+        weight_decay: Of matrices only.
+        warmup: Fraction of the budget in which the learning rate rises.
+        ema: Decay of the moving average of the weights used for prediction, or None.
+    """
+
+    energy_shift: Tensor
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        energy_shift: Tensor,
+        scale: float,
+        energy_weight: float = 0.02,
+        lr: float = 5e-4,
+        weight_decay: float = 1e-10,
+        warmup: float = 0.02,
+        ema: float | None = 0.99,
+    ) -> None:
+        super().__init__(model, lr, weight_decay, warmup, ema)
+        # Total energies are thousands of eV: float32 would round them to 1e-3 eV.
+        self.register_buffer("energy_shift", energy_shift.to(torch.float64))
+        self.scale, self.energy_weight = float(scale), float(energy_weight)
+
+    def atom_energy(self, batch: Any) -> Tensor:
+        """Sum of the atoms' own energies of each graph, float64 [G]."""
+        shift = self.energy_shift[batch.z]
+        return torch.zeros(batch.num_graphs, dtype=shift.dtype, device=shift.device).index_add_(0, batch.batch, shift)
+
+    def forward(self, batch: Any) -> tuple[Tensor, Tensor]:
+        """Energy [G] in eV (float64) and forces [V, 3] in eV/Å."""
+        with torch.enable_grad():
+            energy, forces = self.predictor(batch)
+        return energy.detach().to(torch.float64) * self.scale + self.atom_energy(batch), forces.detach() * self.scale
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """One weighted squared error."""
+        energy, forces = self.model(batch)
+        target = ((batch.energy.view(-1).to(torch.float64) - self.atom_energy(batch)) / self.scale).to(energy.dtype)
+        energy_loss = torch.nn.functional.mse_loss(energy, target)
+        force_loss = torch.nn.functional.mse_loss(forces, batch.force / self.scale)
+        loss = self.energy_weight * energy_loss + force_loss
+        self.log("train_loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=batch.num_graphs)
+        return loss
+
+    def _evaluate(self, batch: Any, name: str) -> None:
+        energy, forces = self(batch)
+        energy_error = (energy - batch.energy.view(-1)).abs().mean().float() * EV_TO_MEV
+        force_error = (forces - batch.force).abs().mean() * EV_TO_MEV
+        graphs, atoms = batch.num_graphs, batch.num_nodes
+        self.log(f"{name}_energy_mae", energy_error, on_epoch=True, prog_bar=True, batch_size=graphs, sync_dist=True)
+        self.log(f"{name}_force_mae", force_error, on_epoch=True, prog_bar=True, batch_size=atoms, sync_dist=True)
+        loss = force_error / (EV_TO_MEV * self.scale) + 0.1 * energy_error / (EV_TO_MEV * self.scale)
+        self.log(f"{name}_loss", loss, on_epoch=True, batch_size=atoms, sync_dist=True)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Log the mean absolute errors in meV and meV/Å."""
+        self._evaluate(batch, "val")
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        """Log the mean absolute errors in meV and meV/Å."""
+        self._evaluate(batch, "test")
+
+
+class Supervised(_Trained):
+    """Train any model on one loss: regression and classification.
+
+    Args:
+        model: Called as ``model(batch)``.
+        loss: ``loss(prediction, batch)``, a scalar.
+        metrics: By name, ``metric(prediction, batch)``, a scalar averaged over graphs.
+        lr: Peak learning rate.
+        weight_decay: Of matrices only.
+        warmup: Fraction of the budget in which the learning rate rises.
+        ema: Decay of the moving average of the weights used for prediction, or None.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        loss: Callable[[Any, Any], Tensor],
+        metrics: Mapping[str, Callable[[Any, Any], Tensor]] | None = None,
+        lr: float = 1e-3,
+        weight_decay: float = 1e-10,
+        warmup: float = 0.02,
+        ema: float | None = None,
+    ) -> None:
+        super().__init__(model, lr, weight_decay, warmup, ema)
+        self.loss, self.metrics = loss, dict(metrics or {})
+
+    def forward(self, batch: Any) -> Any:
+        """The model's prediction."""
+        return self.predictor(batch)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """The loss of one batch."""
+        loss = self.loss(self.model(batch), batch)
+        self.log("train_loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=batch.num_graphs)
+        return loss
+
+    def _evaluate(self, batch: Any, name: str) -> None:
+        prediction = self(batch)
+        self.log(
+            f"{name}_loss", self.loss(prediction, batch), on_epoch=True, batch_size=batch.num_graphs, sync_dist=True
+        )
+        for key, metric in self.metrics.items():
+            value = metric(prediction, batch)
+            self.log(f"{name}_{key}", value, on_epoch=True, prog_bar=True, batch_size=batch.num_graphs, sync_dist=True)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Log the loss and the metrics."""
+        self._evaluate(batch, "val")
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        """Log the loss and the metrics."""
+        self._evaluate(batch, "test")
+
+
+class _Bar(Callback):
+    """One progress bar for the whole budget; where the output is not a terminal, a line at every tenth of it."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.terminal = sys.stderr.isatty()
+        self.bar: Any = None
+        self.shown = -1
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: Any) -> None:
+        from tqdm import tqdm
+
+        form = "{desc}: {percentage:3.0f}%|{bar:20}| {elapsed}<{remaining} {postfix}"
+        on = self.terminal and trainer.is_global_zero
+        self.bar = tqdm(total=1000, desc=self.name, bar_format=form, disable=not on)
+        self.began, self.terminal = time.perf_counter(), on
+        self._show(trainer, pl_module)
+
+    def _show(self, trainer: lightning.Trainer, module: Any) -> None:
+        done = module.progress(trainer.global_step, float(trainer.estimated_stepping_batches))
+        text = ", ".join(
+            [
+                f"epoch {trainer.current_epoch + 1}",
+                *(f"{k} {float(v):.4g}" for k, v in trainer.progress_bar_metrics.items()),
+            ]
+        )
+        if self.terminal:
+            self.bar.set_postfix_str(text, refresh=False)
+            self.bar.update(round(1000 * done) - self.bar.n)
+        elif trainer.is_global_zero and int(10 * done) > self.shown:
+            self.shown = int(10 * done)
+            print(f"{self.name}: {100 * done:3.0f}%, {time.perf_counter() - self.began:.0f} s, {text}", flush=True)
+
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._show(trainer, pl_module)
+
+    def on_train_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:
+        self._show(trainer, pl_module)
+        self.bar.close()
+
+
+def fit(
+    module: _Trained,
+    train: Any,
+    val: Any,
+    args: argparse.Namespace,
+    name: str,
+    *,
+    epochs: int | None = None,
+    max_seconds: float | None = None,
+    clip: float = 0.5,
+    validate_every: int = 1,
+) -> lightning.Trainer:
+    """Train a module within the budget and load its best weights.
+
+    Writes ``OUT/NAME/metrics.csv`` and the checkpoints ``OUT/NAME/{best,last}.ckpt``. With ``--resume`` training goes
+    on from ``last.ckpt`` where it exists, the clock included. At the end the module holds the best weights on ``val``.
+
+    Args:
+        module: ``EnergyForces`` or ``Supervised``.
+        train: Loader of training batches.
+        val: Loader of validation batches.
+        args: Parsed flags of ``training_flags``.
+        name: Name of the model; its folder inside ``--out``.
+        epochs: Budget when the user gave neither ``--epochs`` nor ``--max-time``.
+        max_seconds: The same, in seconds.
+        clip: Norm at which gradients are clipped.
+        validate_every: Validate after this many epochs.
+
+    Returns:
+        The trainer, ready for ``test``.
+    """
+    if args.epochs is not None or args.max_time is not None:
+        epochs, max_seconds = args.epochs, args.max_time
+    if args.smoke:
+        # Two steps; a resumed smoke run makes two more.
+        epochs, max_seconds, validate_every = (2 if args.resume else 1), None, 1
+    folder = args.out / name
+    folder.mkdir(parents=True, exist_ok=True)
+    last = folder / "last.ckpt"
+    resume = str(last) if args.resume and last.exists() else None
+    if args.resume and resume is None:
+        print(f"--resume: no checkpoint at {last}; starting {name} from the beginning")
+    if resume is None:
+        for old in [*folder.glob("*.ckpt"), *folder.glob("metrics*.csv")]:
+            old.unlink()
+    elif (folder / "metrics.csv").exists():
+        # Lightning starts a new log; the old one is kept beside it.
+        (folder / "metrics.csv").rename(folder / f"metrics_{len(list(folder.glob('metrics_*.csv'))):03d}.csv")
+    module.max_seconds = max_seconds
+    best = ModelCheckpoint(
+        dirpath=folder, filename="best", monitor="val_loss", save_last=True, save_top_k=1, enable_version_counter=False
+    )
+    trainer = lightning.Trainer(
+        accelerator=args.accelerator,
+        devices=args.devices,
+        max_epochs=epochs if epochs is not None else -1,
+        max_time=None if max_seconds is None else {"seconds": max_seconds},
+        logger=CSVLogger(folder.parent, name=folder.name, version=""),
+        callbacks=[best, _Bar(name)],
+        enable_progress_bar=False,
+        gradient_clip_val=clip,
+        check_val_every_n_epoch=validate_every,
+        limit_train_batches=2 if args.smoke else None,
+        limit_val_batches=1 if args.smoke else None,
+        limit_test_batches=1 if args.smoke else None,
+        num_sanity_val_steps=0,
+        inference_mode=False,
+        enable_model_summary=False,
+        log_every_n_steps=10_000,
+    )
+    trainer.fit(module, train, val, ckpt_path=resume)
+    chosen = best.best_model_path or (str(last) if last.exists() else "")
+    if chosen and os.path.exists(chosen):
+        state = torch.load(chosen, map_location="cpu", weights_only=True)["state_dict"]
+        module.load_state_dict(state)
+    module.eval()
+    return trainer
+
+
+# --- what a run found -------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def write_atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Give a temporary path beside ``path`` and rename it when the block ends well, so no half-written file is left.
+
+    Args:
+        path: Where the file shall stand.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> target = pathlib.Path(tempfile.mkdtemp()) / "a.txt"
+        >>> with write_atomic(target) as tmp:
+        ...     _ = tmp.write_text("whole")
+        >>> target.read_text()
+        'whole'
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # The suffix stays last: matplotlib and others read the format from it.
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.4g}" if abs(value) < 1e4 else f"{value:.0f}"
+    return str(value)
+
+
+def format_table(header: Sequence[str], rows: Sequence[Sequence[object]], markdown: bool = False) -> str:
+    """A table as text, columns aligned.
+
+    Args:
+        header: Column names.
+        rows: Cells; floats are given four significant digits, None becomes a dash.
+        markdown: Write it with bars, for a README.
+
+    Raises:
+        ValueError: If a row has another number of cells than the header.
+
+    Example:
+        >>> print(format_table(["model", "error"], [["mean", 1.0], ["ours", 0.25]]))
+        model  error
+        -----  -----
+        mean       1
+        ours    0.25
+    """
+    for row in rows:
+        if len(row) != len(header):
+            raise ValueError(f"rows must have {len(header)} cells like the header {list(header)}, got {list(row)}")
+    cells = [[_cell(value) for value in row] for row in rows]
+    numeric = [
+        bool(rows) and all(isinstance(row[c], (int, float, type(None))) for row in rows) for c in range(len(header))
+    ]
+    width = [max(len(line[c]) for line in [list(header), *cells]) for c in range(len(header))]
+
+    def join(line: Sequence[str], sep: str) -> str:
+        return sep.join(t.rjust(w) if n else t.ljust(w) for t, w, n in zip(line, width, numeric, strict=True)).rstrip()
+
+    if not markdown:
+        return "\n".join(
+            [join(list(header), "  "), "  ".join("-" * w for w in width), *(join(line, "  ") for line in cells)]
+        )
+    rule = "|".join(("-" * (w + 1) + ":") if n else "-" * (w + 2) for w, n in zip(width, numeric, strict=True))
+    return "\n".join([f"| {join(list(header), ' | ')} |", f"|{rule}|", *(f"| {join(line, ' | ')} |" for line in cells)])
+
+
+def report(
+    args: argparse.Namespace,
+    title: str,
+    header: Sequence[str],
+    rows: Sequence[Sequence[object]],
+    notes: Sequence[str] = (),
+) -> None:
+    """Print the last table of an example and keep it as ``OUT/table.md``.
+
+    Args:
+        args: Parsed flags of ``training_flags``.
+        title: One line above the table.
+        header: Column names.
+        rows: Cells.
+        notes: Lines below it: settings, where the plots are.
+    """
+    print("\n".join(["", title, "", format_table(header, rows), "", *notes]), flush=True)
+    with write_atomic(args.out / "table.md") as path:
+        path.write_text("\n".join([f"## {title}", "", format_table(header, rows, markdown=True), "", *notes, ""]))
+
+
+def _pyplot() -> Any:
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+    except ImportError as error:
+        raise ImportError("plots need matplotlib: pip install 'torch-geo[train]'") from error
+    return plt
+
+
+def parity_plot(
+    path: str | os.PathLike[str], panels: Mapping[str, tuple[np.ndarray, Mapping[str, np.ndarray]]], title: str = ""
+) -> Path:
+    """Prediction against reference, one panel a quantity, one colour a model.
+
+    Args:
+        path: PNG to write.
+        panels: By axis label (with its unit): the reference values and, by model, the predictions.
+        title: Above all panels.
+    """
+    plt = _pyplot()
+    figure, axes = plt.subplots(1, len(panels), figsize=(5.2 * len(panels), 4.8), squeeze=False)
+    for axis, (label, (truth, predictions)) in zip(axes[0], panels.items(), strict=True):
+        truth = np.asarray(truth).ravel()
+        low, high = float(truth.min()), float(truth.max())
+        pad = 0.05 * (high - low) or 1.0
+        for name, values in predictions.items():
+            values = np.asarray(values).ravel()
+            pick = np.linspace(0, truth.size - 1, min(truth.size, 4000)).astype(int)
+            axis.plot(
+                truth[pick], values[pick], ".", ms=3, alpha=0.4, label=f"{name} (MAE {abs(values - truth).mean():.3g})"
+            )
+        axis.plot([low - pad, high + pad], [low - pad, high + pad], "k-", lw=0.8)
+        axis.set(xlim=(low - pad, high + pad), ylim=(low - pad, high + pad), aspect="equal")
+        axis.set(xlabel=f"reference {label}", ylabel=f"predicted {label}")
+        axis.legend(loc="upper left", fontsize=8, markerscale=3)
+    figure.suptitle(title)
+    return _save(figure, path)
+
+
+def _save(figure: Any, path: str | os.PathLike[str]) -> Path:
+    figure.tight_layout()
+    with write_atomic(path) as temporary:
+        figure.savefig(temporary, dpi=130)
+    _pyplot().close(figure)
+    return Path(path)
+
+
+def curve_plot(
+    path: str | os.PathLike[str],
+    curves: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    xlabel: str,
+    ylabel: str,
+    title: str = "",
+    log: bool = True,
+    reference: Mapping[str, float] | None = None,
+) -> Path:
+    """Learning curves, or any lines.
+
+    Args:
+        path: PNG to write.
+        curves: By name: x and y.
+        xlabel: Name and unit of x.
+        ylabel: Name and unit of y.
+        title: Above the plot.
+        log: Logarithmic y axis.
+        reference: Horizontal lines by name, for published values.
+    """
+    plt = _pyplot()
+    figure, axis = plt.subplots(figsize=(6.4, 4.4))
+    for name, (x, y) in curves.items():
+        axis.plot(x, y, marker="." if len(x) < 60 else "", label=name)
+    for (name, value), style in zip((reference or {}).items(), ("--", ":", "-.") * 9, strict=False):
+        axis.axhline(value, color="0.4", ls=style, lw=1, label=f"{name} {value:g}")
+    axis.set(xlabel=xlabel, ylabel=ylabel, title=title)
+    if log:
+        axis.set_yscale("log")
+    axis.grid(alpha=0.3, which="both")
+    if curves or reference:
+        axis.legend(fontsize=8)
+    return _save(figure, path)
+
+
+def read_log(folder: str | os.PathLike[str], metric: str) -> tuple[list[float], list[float]]:
+    """Epochs and values of one metric in the CSV log, earlier parts of a resumed run included.
+
+    Args:
+        folder: ``OUT/NAME`` of ``fit``.
+        metric: Column of the log.
+
+    Returns:
+        Two lists of equal length; empty where nothing was logged.
+    """
+    values: dict[float, float] = {}
+    # A resumed run leaves one file for each start, and metrics.csv is the newest.
+    for path in sorted(Path(folder).glob("metrics_*.csv")) + sorted(Path(folder).glob("metrics.csv")):
+        with path.open(newline="") as handle:
+            values |= {float(row["epoch"]) + 1: float(row[metric]) for row in csv.DictReader(handle) if row.get(metric)}
+    return list(values), list(values.values())
