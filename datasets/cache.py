@@ -96,7 +96,7 @@ def write_cache(path: Path, arrays: Mapping[str, np.ndarray], settings: Mapping[
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".partial")
     try:
         with os.fdopen(handle, "wb") as stream:
-            np.savez_compressed(stream, **dict(arrays), meta=np.array(json.dumps(meta)))
+            np.savez_compressed(stream, allow_pickle=False, meta=np.array(json.dumps(meta)), **dict(arrays))
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)

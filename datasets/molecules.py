@@ -77,8 +77,4 @@ class MoleculeDataset(InMemoryDataset):
 
     def energy_shift(self) -> Tensor:
         """Return energies per element [119] (eV) fitted to the frames of this dataset, see :func:`energy_shift`."""
-        transform, self.transform = self.transform, None
-        try:
-            return energy_shift(self[i] for i in range(len(self)))
-        finally:
-            self.transform = transform
+        return energy_shift(self.get(i) for i in self.indices())

@@ -31,7 +31,7 @@ def run(settings: dict[str, Any]) -> dict[str, np.ndarray]:
 
     pos, force = atoms.get_positions(), atoms.get_forces()
     velocity = thermal * random.standard_normal(pos.shape)
-    frames: dict[str, list[np.ndarray]] = {"pos": [], "energy": [], "force": []}
+    frames: dict[str, list[Any]] = {"pos": [], "energy": [], "force": []}
     for done in range(1, warmup + stride * (num_frames - 1) + 2):
         velocity += 0.5 * step * force / mass
         pos += 0.5 * step * velocity
@@ -52,4 +52,4 @@ def run(settings: dict[str, Any]) -> dict[str, np.ndarray]:
 if __name__ == "__main__":
     sys.path.pop(0)  # the folder of this file: its modules must not shadow anybody's
     request = json.loads(sys.argv[1])
-    np.savez(request["out"], **run(request))
+    np.savez(request["out"], allow_pickle=False, **run(request))
