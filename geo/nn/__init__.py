@@ -1,0 +1,17 @@
+"""Layers: equivariant and permutation-equivariant modules, one family a file."""
+
+from __future__ import annotations
+
+from geo.nn.orientation_grid import FrameGrid, OrientationGrid
+from geo.nn.ponita import PONITA
+from geo.nn.se_conv import ConvNeXtBlock, KernelBasis, PointConv, PoniConv
+
+__all__ = [
+    "PONITA",
+    "ConvNeXtBlock",
+    "FrameGrid",
+    "KernelBasis",
+    "OrientationGrid",
+    "PointConv",
+    "PoniConv",
+]
