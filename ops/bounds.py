@@ -7,6 +7,7 @@ and notes the position in a flag that :func:`call` reads after the launch, which
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 MARK = " is out of range "  # every message about a bad index holds these words, in Python, C++ and CUDA
+_SENTENCE = re.compile(rf"\w+\[\d+\] = -?\d+{MARK}.*")
 _checked = True
 
 
@@ -70,11 +72,9 @@ def call(name: str, op: Any, args: Sequence[Any], checks: Sequence[tuple[str, Te
     refuse_functorch(name)
     try:
         out = op(*args)
-    except RuntimeError as err:
-        text = str(err)
-        if MARK in text:
-            line = next(line for line in text.splitlines() if MARK in line)
-            raise IndexError(line[max(line.find(f"{name}:"), 0) :]) from None
+    except (RuntimeError, IndexError) as err:  # every error of a C++ kernel arrives as RuntimeError
+        if (found := _SENTENCE.search(str(err))) is not None:
+            raise IndexError(f"{name}: {found[0]}") from None
         raise
     first = next(arg for arg in args if isinstance(arg, Tensor))
     if _checked and first.is_cuda and hasattr(torch.ops.geo, "bounds_flag") and not _capturing():

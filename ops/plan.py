@@ -47,7 +47,12 @@ def csr_from_index(index: Tensor, size: int, name: str = "index") -> tuple[Tenso
     """
     if index.dim() != 1 or index.dtype != torch.int64:
         raise ValueError(f"{name} must be int64 [E], got {index.dtype} {list(index.shape)}")
-    ptr, perm = bounds.call("csr_from_index", torch.ops.geo.csr_from_index, (index, size), ((name, index, size - 1),))
+    try:
+        ptr, perm = bounds.call(
+            "csr_from_index", torch.ops.geo.csr_from_index, (index, size), ((name, index, size - 1),)
+        )
+    except IndexError as err:
+        raise IndexError(str(err).replace(" index[", f" {name}[")) from None
     return ptr, perm
 
 
