@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from geo.nn.frame_conv import SE2Conv, SE3Conv
 from geo.nn.orientation_grid import FrameGrid, OrientationGrid
 from geo.nn.ponita import PONITA
 from geo.nn.se_conv import ConvNeXtBlock, KernelBasis, PointConv, PoniConv
@@ -14,4 +15,6 @@ __all__ = [
     "OrientationGrid",
     "PointConv",
     "PoniConv",
+    "SE2Conv",
+    "SE3Conv",
 ]

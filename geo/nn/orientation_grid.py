@@ -16,8 +16,8 @@ class OrientationGrid(nn.Module):
     :math:`\sum_o w_o f(n_o) \tilde n_o = v` exactly, also on a grid whose frame is not tight.
 
     The PONITA code (https://arxiv.org/abs/2310.02970) draws an unseeded grid that is not saved with the weights, and
-    reads back with :math:`n_o`, which is :math:`v / 3` and off by percents. Here the grid is converged, seeded and
-    saved.
+    reads back with :math:`n_o`, which is :math:`v / 3` and off by percents. Here the grid is converged,
+    seeded and saved, and sums over it carry quadrature weights (:func:`geo.o3.quadrature_weights`) in place of 1/O.
 
     Args:
         dim: 2 (circle) or 3 (sphere). (default: ``3``)
@@ -59,9 +59,7 @@ class OrientationGrid(nn.Module):
         super().__init__()
         self.dim, self.num_ori, self.kind = dim, num_ori, kind
         ori = orientation_points(dim, num_ori, kind, seed, antipodal)
-        weight = torch.full((num_ori,), 1 / num_ori, dtype=torch.float64)
-        if kind == "random":
-            weight = quadrature_weights(ori)
+        weight = quadrature_weights(ori)
         frame = torch.einsum("o,oa,ob->ab", weight, ori, ori)
         #: Whether every vector can be read back: not on two points or a plane of them.
         self.spans = bool(torch.linalg.eigvalsh(frame)[0] > 1e-6)

@@ -615,8 +615,8 @@ def _std(values: list[Tensor]) -> Tensor:
     moments = torch.stack(rows).sum(0)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.all_reduce(moments)
-    mean, square = moments[:2] / moments[2].clamp(min=1)
-    return (square - mean * mean).clamp(min=0).sqrt()
+    mean = moments[0] / moments[2].clamp(min=1)
+    return (moments[1] / moments[2].clamp(min=1) - mean.square()).clamp(min=0).sqrt()
 
 
 def _ratio(wanted: Tensor, found: Tensor) -> Tensor:

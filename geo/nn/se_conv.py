@@ -530,7 +530,7 @@ def _check_groups(groups: str | int, in_channels: int, out_channels: int) -> Non
         raise ValueError(f"groups is {groups!r}, but must be 'depthwise' or 1")
     if groups == "depthwise" and in_channels != out_channels:
         raise ValueError(
-            f"out_channels is {out_channels}, but a depthwise convolution keeps the {in_channels} of its input: use groups=1"
+            f"out_channels is {out_channels}, but depthwise convolutions keep in_channels={in_channels}: use groups=1"
         )
 
 
