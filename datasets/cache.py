@@ -6,8 +6,6 @@ import hashlib
 import json
 import os
 import tempfile
-import zipfile
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -73,7 +71,7 @@ def reading(path: Path) -> Iterator[None]:
 
 def read_npz(path: Path, keys: Iterable[str]) -> Arrays:
     """Read the named arrays of an ``.npz`` file, without unpickling; anything wrong is a DamagedFileError."""
-    with reading(path), np.load(path, allow_pickle=False) as archive:
+    with reading(path), path.open("rb") as stream, np.load(stream, allow_pickle=False) as archive:
         missing = sorted(set(keys) - set(archive.files))
         if missing:
             raise DamagedFileError(f"{path}: holds no array {missing}; it has {sorted(archive.files)}")
@@ -107,11 +105,11 @@ def read_cache(path: Path, settings: Mapping[str, Any]) -> Arrays:
     """Read what :func:`write_cache` wrote; a wrong checksum or other settings raise DamagedFileError."""
     remedy = "delete it, or pass force_reload=True, and it is made again"
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as archive:
             arrays = {key: archive[key] for key in archive.files}
         meta = json.loads(str(arrays.pop("meta")))
         intact = meta["settings"] == json.loads(json.dumps(settings)) and meta["sha256"] == _digest(arrays, settings)
-    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
+    except Exception as error:  # BadZipFile, EOFError, KeyError, ValueError, zlib.error, ...
         raise DamagedFileError(
             f"{path}: this cache cannot be read ({type(error).__name__}: {error}); {remedy}"
         ) from error

@@ -129,9 +129,9 @@ class ForceField(MoleculeDataset):
 
     Example:
         >>> from geo.datasets import ForceField
-        >>> _ = open(f'{root}/two.xyz', 'w').write(
+        >>> _ = open('two.xyz', 'w').write(
         ...     '1\nProperties=species:S:1:pos:R:3:forces:R:3 energy=-1.0\nH 0 0 0 0 0 1\n' * 2)
-        >>> data = ForceField(root, 'two.xyz', split='all')
+        >>> data = ForceField('.', 'two.xyz', split='all')
         >>> len(data), data[0].force.tolist(), data.energy_shift()[1].item()
         (2, [[0.0, 0.0, 1.0]], -1.0)
     """

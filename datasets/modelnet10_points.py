@@ -98,7 +98,7 @@ class ModelNet10Points(InMemoryDataset):
 
     Example:
         >>> from geo.datasets import ModelNet10Points
-        >>> data = ModelNet10Points(root, num_points=64, source='solids', num_samples=20)
+        >>> data = ModelNet10Points('data', num_points=64, source='solids', num_samples=20)
         >>> len(data), data.num_classes, data[0].pos.shape, data.class_names[data[0].y]
         (20, 10, torch.Size([64, 3]), 'box')
     """

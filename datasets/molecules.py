@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import numpy as np
 import torch
@@ -72,8 +73,23 @@ class MoleculeDataset(InMemoryDataset):
     Each item has ``z`` [V] int64 (atomic numbers), ``pos`` [V, 3] float32 (Angstrom), ``energy`` [1] float64 (eV, total
     energy of the source, no shift removed) and ``force`` [V, 3] float32 (eV/Angstrom, minus the gradient of the
     energy); periodic systems also ``cell`` [1, 3, 3] float32 (Angstrom, rows are the cell vectors) and
-    ``pbc`` [1, 3] bool. ``pre_transform`` runs once, when the dataset is built; its result stays in memory.
+    ``pbc`` [1, 3] bool.
+
+    Args:
+        root: Folder of the data or of the cache.
+        transform: Applied on every access.
+        pre_transform: Applied once, when the dataset is built; not stored.
+        pre_filter: Keeps the frames for which it is true.
     """
+
+    def __init__(
+        self,
+        root: str,
+        transform: Callable[..., Any] | None = None,
+        pre_transform: Callable[..., Any] | None = None,
+        pre_filter: Callable[..., Any] | None = None,
+    ) -> None:
+        super().__init__(root, transform, pre_transform, pre_filter)
 
     def energy_shift(self) -> Tensor:
         """Return energies per element [119] (eV) fitted to the frames of this dataset, see :func:`energy_shift`."""

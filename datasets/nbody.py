@@ -143,7 +143,7 @@ class NBody(InMemoryDataset):
 
     Example:
         >>> from geo.datasets import NBody
-        >>> data = NBody(root, num_samples=3, progress=False)
+        >>> data = NBody('data', num_samples=3, progress=False)
         >>> len(data), data[0].pos.shape, data[0].charge.flatten().tolist()
         (3, torch.Size([5, 3]), [-1.0, 1.0, -1.0, -1.0, 1.0])
     """

@@ -116,7 +116,7 @@ class XTBTrajectory(MoleculeDataset):
 
     Example:
         >>> from geo.datasets import XTBTrajectory
-        >>> data = XTBTrajectory(root, 'water', num_frames=3, warmup=5.0, progress=False)
+        >>> data = XTBTrajectory('data', 'water', num_frames=3, warmup=5.0, progress=False)
         >>> len(data), data[0].pos.shape, data[0].energy.dtype
         (3, torch.Size([3, 3]), torch.float64)
     """
