@@ -6,13 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from geo.nn.se_conv import KernelBasis, PointConv, PoniConv, bundle_edges
-from geo.o3 import (
+from geo.o3 import num_grid_invariants, num_pair_invariants, safe_norm
+from geo.o3.invariants import (
     edge_vectors,
     grid_invariants_from_vectors,
-    num_grid_invariants,
-    num_pair_invariants,
     pair_invariants_from_vectors,
-    safe_norm,
     zero_invariants,
 )
 
@@ -143,9 +141,9 @@ class SE3Conv(_FrameConv):
         f'(x_i, R_p) = \sum_{j \in N(i) \cup i} \frac{1}{O} \sum_o k(R_p^T r_{ij},\, R_p^T R_o)\, f(x_j, R_o)
 
     the case :math:`X = G` of "Fast, Expressive SE(n) Equivariant Networks through Weight-Sharing in
-    Position-Orientation Space" (https://arxiv.org/abs/2310.02970), which the official code does not have. :math:`g_i^{-1} g_j` is the
-    complete invariant, so mirror images are told apart. The separable form factors the kernel as in
-    :class:`geo.nn.PoniConv`: :math:`k_1(R_p^T r)` at equal frames, then :math:`k_2(R_p^T R_o)` at equal positions.
+    Position-Orientation Space" (https://arxiv.org/abs/2310.02970), which the official code does not have.
+    :math:`g_i^{-1} g_j` is the complete invariant, so mirror images are told apart. The separable form factors
+    the kernel as in :class:`geo.nn.PoniConv`: :math:`k_1(R_p^T r)` at equal frames, then :math:`k_2(R_p^T R_o)` at equal positions.
 
     Args:
         in_channels: Channels of the input.
@@ -160,12 +158,13 @@ class SE3Conv(_FrameConv):
 
     Shapes:
         x :math:`(|V|, C)` with ori :math:`(|V|, 3, 3)`; or x :math:`(|V|, O, C)` with ori :math:`(O, 3, 3)` (shared,
-        see :func:`geo.o3.rotation_frames`) or :math:`(|V|, O, 3, 3)`; pos :math:`(|V|, 3)`, edge_index :math:`(2, |E|)`;
-        output like x with :math:`C'` channels.
+        see :func:`geo.o3.rotation_frames`) or :math:`(|V|, O, 3, 3)`; pos :math:`(|V|, 3)`, edge_index
+        :math:`(2, |E|)`; output like x with :math:`C'` channels.
 
     Symmetry and derivatives:
         Equivariant to node permutation, translation and SE(3) acting on positions and frames, exactly; on a shared
-        group of frames to the rotations of that group. Differentiable twice; a graph's output does not depend on its batch.
+        group of frames to the rotations of that group. Differentiable twice; a graph's output does not depend on
+        its batch.
 
     Example:
         >>> from geo.o3 import rotation_frames

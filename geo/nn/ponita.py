@@ -14,15 +14,8 @@ from geo.nn.orientation_grid import FrameGrid, OrientationGrid
 from geo.nn.ponita_files import load_model, save_model
 from geo.nn.ponita_inputs import Expected, Inputs, check_size, flat_inputs
 from geo.nn.se_conv import ConvNeXtBlock, KernelBasis, PointConv, PoniConv
-from geo.o3 import (
-    grid_invariants_from_vectors,
-    num_grid_invariants,
-    num_pair_invariants,
-    pair_invariants_from_vectors,
-    random_rotations,
-    safe_norm,
-    zero_invariants,
-)
+from geo.o3 import num_grid_invariants, num_pair_invariants, random_rotations, safe_norm
+from geo.o3.invariants import grid_invariants_from_vectors, pair_invariants_from_vectors, zero_invariants
 from geo.ops import SegmentPlan, segment_reduce
 
 READOUTS = ("node", "add", "mean")

@@ -109,7 +109,22 @@ def random_rotations(
     device: torch.device | str | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Haar-distributed rotation matrices ``[num, dim, dim]``; 2 or 3 dimensions."""
+    """Haar-distributed rotation matrices ``[num, dim, dim]``.
+
+    Args:
+        num: How many.
+        dim: 2 or 3. (default: ``3``)
+        dtype: Of the result. (default: torch's default)
+        device: Of the result. (default: torch's default)
+        generator: Source of the random numbers. (default: torch's global one)
+
+    Raises:
+        ValueError: Another dimension.
+
+    Example:
+        >>> random_rotations(5).shape
+        torch.Size([5, 3, 3])
+    """
     if dim not in (2, 3):
         raise ValueError(f"dim is {dim}, but must be 2 or 3")
     if dim == 2:

@@ -61,13 +61,38 @@ def check_space(space: str, kind: str = "universal") -> int:
 
 
 def num_pair_invariants(space: str, kind: str = "universal") -> int:
-    """Number of columns of :func:`pair_invariants`."""
+    """Number of columns of :func:`pair_invariants`.
+
+    Args:
+        space: As there.
+        kind: As there. (default: ``'universal'``)
+
+    Raises:
+        ValueError: An unknown space or kind.
+
+    Example:
+        >>> num_pair_invariants("R3xS2"), num_pair_invariants("SE3")
+        (4, 12)
+    """
     check_space(space, kind)
     return _PAIR_DIM[space, kind]
 
 
 def num_grid_invariants(space: str, kind: str = "universal", separable: bool = True) -> tuple[int, int]:
-    """Numbers of columns of the two tensors of :func:`grid_invariants`; the second is 0 for the full convolution."""
+    """Numbers of columns of the two tensors of :func:`grid_invariants`; the second is 0 for the full convolution.
+
+    Args:
+        space: As there.
+        kind: As there. (default: ``'universal'``)
+        separable: As there. (default: ``True``)
+
+    Raises:
+        ValueError: An unknown space or kind, or ``'chiral'`` for a separable convolution.
+
+    Example:
+        >>> num_grid_invariants("R3xS2"), num_grid_invariants("R3xS2", separable=False)
+        ((2, 1), (4, 0))
+    """
     dim = check_space(space, kind)
     if not separable:
         return _PAIR_DIM[space, kind], 0

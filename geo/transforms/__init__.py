@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from geo.transforms.add_radius_graph import AddRadiusGraph
-from geo.transforms.lift_to_position_orientation import LiftToPositionOrientation, PositionOrientationData
+from geo.transforms.lift_to_position_orientation import LiftToPositionOrientation
 
-__all__ = ["AddRadiusGraph", "LiftToPositionOrientation", "PositionOrientationData"]
+__all__ = ["AddRadiusGraph", "LiftToPositionOrientation"]
