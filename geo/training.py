@@ -163,6 +163,8 @@ def start(args: argparse.Namespace) -> None:
         torch.set_num_threads(args.threads)
     lightning.seed_everything(args.seed, workers=True, verbose=False)
     args.out.mkdir(parents=True, exist_ok=True)
+    if args.smoke:
+        args.batch_size = min(args.batch_size, 8)
     if args.root is None:
         args.root = args.out / "data"
 
@@ -365,6 +367,20 @@ class Supervised(_Trained):
         self._evaluate(batch, "test")
 
 
+class _Slice(Callback):
+    """Stop after some seconds, at the end of an epoch; the budget and the schedule are not touched."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: Any) -> None:
+        self.began = time.perf_counter()
+
+    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:
+        if time.perf_counter() - self.began >= self.seconds:
+            trainer.should_stop = True
+
+
 class _Bar(Callback):
     """One progress bar for the whole budget; where the output is not a terminal, a line at every tenth of it."""
 
@@ -419,6 +435,7 @@ def fit(
     max_seconds: float | None = None,
     clip: float = 0.5,
     validate_every: int = 1,
+    slice_seconds: float | None = None,
 ) -> lightning.Trainer:
     """Train a module within the budget and load its best weights.
 
@@ -435,6 +452,7 @@ def fit(
         max_seconds: The same, in seconds.
         clip: Norm at which gradients are clipped.
         validate_every: Validate after this many epochs.
+        slice_seconds: Stop after this time although the budget is not spent; ``--resume`` goes on.
 
     Returns:
         The trainer, ready for ``test``.
@@ -466,7 +484,7 @@ def fit(
         max_epochs=epochs if epochs is not None else -1,
         max_time=None if max_seconds is None else {"seconds": max_seconds},
         logger=CSVLogger(folder.parent, name=folder.name, version=""),
-        callbacks=[best, _Bar(name)],
+        callbacks=[best, _Bar(name), *([] if slice_seconds is None else [_Slice(slice_seconds)])],
         enable_progress_bar=False,
         gradient_clip_val=clip,
         check_val_every_n_epoch=validate_every,
@@ -479,6 +497,7 @@ def fit(
         log_every_n_steps=10_000,
     )
     trainer.fit(module, train, val, ckpt_path=resume)
+    trainer.save_checkpoint(last)
     chosen = best.best_model_path or (str(last) if last.exists() else "")
     if chosen and os.path.exists(chosen):
         state = torch.load(chosen, map_location="cpu", weights_only=True)["state_dict"]
