@@ -143,7 +143,8 @@ class SE3Conv(_FrameConv):
     the case :math:`X = G` of "Fast, Expressive SE(n) Equivariant Networks through Weight-Sharing in
     Position-Orientation Space" (https://arxiv.org/abs/2310.02970), which the official code does not have.
     :math:`g_i^{-1} g_j` is the complete invariant, so mirror images are told apart. The separable form factors
-    the kernel as in :class:`geo.nn.PoniConv`: :math:`k_1(R_p^T r)` at equal frames, then :math:`k_2(R_p^T R_o)` at equal positions.
+    the kernel as in :class:`geo.nn.PoniConv`: :math:`k_1(R_p^T r)` at equal frames, then :math:`k_2(R_p^T R_o)` at
+    equal positions.
 
     Args:
         in_channels: Channels of the input.

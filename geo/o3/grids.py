@@ -2,7 +2,8 @@ r"""Grids of orientations: points on the circle and the sphere, and frames in SO
 
 A function on orientations is sampled on a grid :math:`n_1, \dots, n_O`, and an integral is a sum with weights
 :math:`w_o` that add to one. The circle takes equispaced angles. The sphere takes points that repel each other (energy
-:math:`1/d^2`), converged in float64 from a fixed seed: Adam on Cartesian points, 2000 steps, then L-BFGS. The usual
+:math:`1/d^2`), converged in float64 from a fixed seed: Adam on Cartesian points, 2000 steps, then
+L-BFGS and Newton. The usual
 sizes are stored with the package and the rest are computed when asked for. Equivariance of a layer on a grid is exact
 for the rotations that map the grid to itself and approximate for others, with an error that falls fast in :math:`O`.
 """
@@ -182,7 +183,7 @@ def quadrature_weights(points: Tensor) -> Tensor:
             break
         best = weight
     best = np.where(np.abs(best - uniform) < 1e-9 / num, uniform, best)
-    return torch.from_numpy(best / best.sum())
+    return torch.from_numpy(best)
 
 
 def _sphere_moment(exponents: tuple[int, ...]) -> float:
@@ -240,8 +241,9 @@ def repulsion_points(num: int, seed: int = 0, antipodal: bool = False) -> np.nda
     with torch.inference_mode(False), torch.enable_grad(), torch.device("cpu"):
         x = torch.from_numpy(start / np.linalg.norm(start, axis=1, keepdims=True)).requires_grad_()
 
-        def energy() -> Tensor:
-            n = x / x.norm(dim=1, keepdim=True)
+        def energy(x: Tensor) -> Tensor:
+            n = x.view(-1, 3)
+            n = n / n.norm(dim=1, keepdim=True)
             n = torch.cat((n, -n)) if antipodal else n
             i, j = torch.triu_indices(len(n), len(n), 1)
             return (1 / (n[i] - n[j]).square().sum(1).clamp_min(1e-12)).sum() / len(n) ** 2
@@ -250,27 +252,31 @@ def repulsion_points(num: int, seed: int = 0, antipodal: bool = False) -> np.nda
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(adam, 2000)
         for _ in range(2000):
             adam.zero_grad()
-            energy().backward()  # type: ignore[no-untyped-call]
+            energy(x).backward()  # type: ignore[no-untyped-call]
             adam.step()
             schedule.step()
             with torch.no_grad():
                 x /= x.norm(dim=1, keepdim=True)
         polish = torch.optim.LBFGS(
-            [x],
-            max_iter=500,
-            tolerance_grad=1e-15,
-            tolerance_change=1e-16,
-            history_size=20,
-            line_search_fn="strong_wolfe",
+            [x], max_iter=500, tolerance_grad=1e-12, tolerance_change=1e-16, line_search_fn="strong_wolfe"
         )
 
         def closure() -> Tensor:
             polish.zero_grad()
-            value = energy()
+            value = energy(x)
             value.backward()  # type: ignore[no-untyped-call]
             return value
 
         polish.step(closure)
+        flat = (x / x.norm(dim=1, keepdim=True)).detach().flatten()
+        for _ in range(4):  # Newton: the energy is too flat to tell points apart below 1e-7, its gradient is not
+            gradient = torch.func.grad(energy)(flat)
+            hessian = torch.func.hessian(energy)(flat)
+            step = torch.linalg.pinv(hessian, rtol=1e-7, hermitian=True) @ gradient
+            if step.norm() > 1e-2:  # a nearly flat direction: what Adam and L-BFGS found is good enough
+                break
+            flat = flat - step
+        x = flat.view(-1, 3)
         points = x.detach().numpy()
     return np.asarray(points / np.linalg.norm(points, axis=1, keepdims=True))
 

@@ -121,7 +121,7 @@ def safe_norm(x: Tensor, dim: int = -1, keepdim: bool = False) -> Tensor:
     """
     square = (x * x).sum(dim, keepdim=keepdim)
     zero = square == 0
-    return torch.where(zero, square, torch.where(zero, torch.ones_like(square), square).sqrt())
+    return torch.where(zero, torch.zeros_like(square), torch.where(zero, torch.ones_like(square), square).sqrt())
 
 
 def edge_vectors(pos: Tensor, edge_index: Tensor, edge_shift: Tensor | None = None) -> Tensor:
