@@ -33,22 +33,26 @@ help:
 	@echo "make simd-check  the AVX-512 kernels really use 512-bit registers"
 	@echo "make clean       remove .venv and build"
 
-# torch first, under the constraint: the compiled kernels are built against the torch that will run them.
-$(VENV)/.deps: pyproject.toml constraints.txt
-	@echo "== installing into $(VENV) (a minute or two)"
+# torch first, under the constraint: the kernels are compiled against the torch that will run them, while pip fetches the rest.
+$(VENV)/.torch: constraints.txt
+	@echo "== installing into $(VENV) (two or three minutes the first time)"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q torch numpy "scikit-build-core>=0.11" "cmake>=3.24" ninja
-	$(BIN)/pip install -q $$($(BIN)/python -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
-	  print(*('\'' + r.replace(' ', '') + '\'' for r in p['dependencies'] + [r for e in '$(EXTRAS)'.split(',') for r in p['optional-dependencies'][e]]))" | tr -d "'")
-	touch $@
+	@touch $@
 
-$(VENV)/.installed: $(VENV)/.deps $(NATIVE)
+$(VENV)/.deps: $(VENV)/.torch pyproject.toml
+	$(BIN)/pip install -q $$($(BIN)/python -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
+	  print(*(r.replace(' ', '') for r in p['dependencies'] + [r for e in '$(EXTRAS)'.split(',') for r in p['optional-dependencies'][e]]))")
+	@touch $@
+
+$(VENV)/.native: $(VENV)/.torch pyproject.toml $(NATIVE)
 	@if [ "$(GEO_CPU)" = OFF ]; then echo "== no C++ compiler: geo runs on its plain-PyTorch kernels"; fi
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pip install -q --no-build-isolation --no-deps -e .
-	touch $@
+	@touch $@
 
 .PHONY: install
-install: $(VENV)/.installed
+install:
+	@$(MAKE) --no-print-directory -j2 $(VENV)/.deps $(VENV)/.native
 
 .PHONY: demo
 demo: install
