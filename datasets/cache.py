@@ -18,7 +18,14 @@ Arrays = dict[str, np.ndarray]
 
 
 class DamagedFileError(ValueError):
-    """A file is truncated, altered or not of the promised format; the message names it and says what to do."""
+    """A file is truncated, altered or not of the promised format.
+
+    Args:
+        message: Names the file, what is wrong with it and what to do.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
 
 
 def settings_key(settings: Mapping[str, Any]) -> str:

@@ -145,7 +145,7 @@ class NBody(InMemoryDataset):
         >>> from geo.datasets import NBody
         >>> data = NBody('data', num_samples=3, progress=False)
         >>> len(data), data[0].pos.shape, data[0].charge.flatten().tolist()
-        (3, torch.Size([5, 3]), [-1.0, 1.0, -1.0, -1.0, 1.0])
+        (3, torch.Size([5, 3]), [-1.0, 1.0, -1.0, -1.0, -1.0])
     """
 
     def __init__(

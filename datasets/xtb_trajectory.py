@@ -98,7 +98,7 @@ class XTBTrajectory(MoleculeDataset):
         split: 'train', 'val' or 'test'.
         num_frames: Number of frames of this split.
         temperature: Temperature of the bath in kelvin.
-        time_step: Time step in fs.
+        time_step: Time step in fs. BAOAB samples positions without error in the harmonic limit, so 1 fs is fine.
         frame_spacing: Time between frames in fs, a multiple of ``time_step``.
         friction: Friction :math:`\gamma` in 1/fs.
         warmup: Time thrown away at the start, in fs.
@@ -129,7 +129,7 @@ class XTBTrajectory(MoleculeDataset):
         num_frames: int = 700,
         *,
         temperature: float = 500.0,
-        time_step: float = 0.5,
+        time_step: float = 1.0,
         frame_spacing: float = 5.0,
         friction: float = 0.02,
         warmup: float = 1000.0,

@@ -101,7 +101,7 @@ def test_molecules():
         ("num_frames=0", {"num_frames": 0}),
         ("temperature=-1", {"temperature": -1.0}),
         ("warmup=-1", {"warmup": -1.0}),
-        ("frame_spacing=0.3 fs must be a multiple of time_step=0.5 fs", {"frame_spacing": 0.3}),
+        ("frame_spacing=0.3 fs must be a multiple of time_step=1.0 fs", {"frame_spacing": 0.3}),
     ],
 )
 def test_refusals(tmp_path, match, arguments):
