@@ -10,6 +10,7 @@ if __name__ != "geo.ops":  # the repository root is on sys.path and this folder 
 
 from geo import _native
 from geo.ops.bounds import check_bounds
+from geo.ops.fiber import fiber_mul_sum, fiber_mul_sum_reference
 from geo.ops.gather_linear import gather_linear_mul_segment_sum, gather_linear_mul_segment_sum_reference
 from geo.ops.gather_mul import (
     gather_mul,
@@ -27,6 +28,8 @@ __all__ = [
     "check_bounds",
     "csr_from_index",
     "csr_from_index_reference",
+    "fiber_mul_sum",
+    "fiber_mul_sum_reference",
     "gather_csr",
     "gather_csr_reference",
     "gather_linear_mul_segment_sum",

@@ -50,7 +50,7 @@ GEO_INLINE vfloat load(const bfloat16* p) {
 }
 GEO_INLINE vfloat load(const float16* p) {
 #if GEO_SIMD_LEVEL == 2
-  return (vfloat)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  return (vfloat)_mm512_maskz_cvtph_ps((__mmask16)-1, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 #elif GEO_SIMD_LEVEL == 1
   return (vfloat)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 #else
@@ -70,7 +70,7 @@ GEO_INLINE void store(bfloat16* p, vfloat v) {
 }
 GEO_INLINE void store(float16* p, vfloat v) {
 #if GEO_SIMD_LEVEL == 2
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_maskz_cvtps_ph((__mmask16)-1, (__m512)v, _MM_FROUND_TO_NEAREST_INT));
 #elif GEO_SIMD_LEVEL == 1
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
 #else
