@@ -113,8 +113,10 @@ void run(const char* op, const char* in_name, const char* perm_name, const Gathe
   const int64_t chunks = linear_chunks(job.num_edges, job.basis_O);
   const int64_t scratch = round_up(leaf.scratch(job), 64 / sizeof(T));
   const int64_t threads = max_threads(chunks, 1);
-  std::vector<T> heads(job.out ? chunks * row + 16 : 0), partial(dweight ? chunks * weights + 16 : 0);
-  std::vector<T> scratches(threads * scratch + 64 / sizeof(T));
+  constexpr int64_t kLine = 64 / sizeof(T);
+  std::vector<T> head_buffer(job.out ? chunks * row + kLine : 0), scratches(threads * scratch + kLine);
+  std::vector<T> partial_buffer(dweight ? chunks * weights + kLine : 0);
+  T *heads = aligned(head_buffer), *partial = aligned(partial_buffer);
   Faults faults;
   parallel_blocks(chunks, 1, [&](int64_t thread, int64_t first, int64_t last) {
     for (int64_t k = first; k < last; ++k) {
@@ -122,8 +124,8 @@ void run(const char* op, const char* in_name, const char* perm_name, const Gathe
       chunk.begin = linear_chunk_begin(k, chunks, job.num_edges);
       chunk.end = linear_chunk_begin(k + 1, chunks, job.num_edges);
       chunk.last = k + 1 == chunks;
-      chunk.head = job.out ? heads.data() + k * row : nullptr;
-      chunk.dweight = dweight ? partial.data() + k * weights : nullptr;
+      chunk.head = job.out ? heads + k * row : nullptr;
+      chunk.dweight = dweight ? partial + k * weights : nullptr;
       chunk.scratch = aligned(scratches) + thread * scratch;
       const Outcome outcome = leaf.run(job, chunk);
       faults.add(outcome.fault, outcome.position);
@@ -140,7 +142,7 @@ void run(const char* op, const char* in_name, const char* perm_name, const Gathe
       const int64_t begin = linear_chunk_begin(k, chunks, job.num_edges);
       while (job.ptr[segment + 1] <= begin) ++segment;
       if (job.ptr[segment] == begin) continue;  // it began here: no head
-      const T* head = heads.data() + k * row;
+      const T* head = heads + k * row;
       T* out = job.out + segment * row;
       for (int64_t i = 0; i < row; ++i) out[i] += head[i];
     }
@@ -152,7 +154,7 @@ void run(const char* op, const char* in_name, const char* perm_name, const Gathe
                       for (int64_t b = begin; b < end; ++b) {
                         std::fill(sum.begin(), sum.end(), T(0));
                         for (int64_t k = 0; k < chunks; ++k) {
-                          const T* from = partial.data() + k * weights + b * job.pitch;
+                          const T* from = partial + k * weights + b * job.pitch;
                           for (int64_t c = 0; c < job.pitch; ++c) sum[c] += from[c];
                         }
                         for (int64_t c = 0; c < job.C; ++c) narrow(sum[c], dweight + c * job.B + b);
