@@ -104,7 +104,7 @@ class _FrameConv(nn.Module):
         dist = None if dist is None else dist.repeat_interleave(square)
         scale = None if scale is None else scale.repeat_interleave(square)
         out = self.conv(x.flatten(0, 1) / num_ori, pairs, self.kernel_basis(attr, dist, scale))
-        return out.view(num_nodes, num_ori, -1)
+        return out.view(num_nodes, num_ori, self.out_channels)
 
     def _self_basis(self, attr: Tensor) -> Tensor:
         return self.kernel_basis(attr, None if self.radius is None else attr.new_zeros(1))  # type: ignore[no-any-return]

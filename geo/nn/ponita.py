@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -84,6 +85,9 @@ class PONITA(nn.Module):
         grid: Kind of grid, see :class:`OrientationGrid` and :class:`FrameGrid`. (default: ``'repulsion'``, frames
             ``'platonic'``)
         self_loops: Add each node's own term. (default: ``True``)
+        length_scale: The length that invariants are measured in, in the unit of ``pos``. About the largest distance
+            keeps monomials near one, which matters most in full convolutions: they hold powers of :math:`|r|^2`.
+            (default: ``1.0``)
 
     Shapes:
         x :math:`(|V|, F)`, pos :math:`(|V|, n)`, edge_index :math:`(2, |E|)`, batch :math:`(|V|)`, vec
@@ -129,6 +133,7 @@ class PONITA(nn.Module):
         space: str | None = None,
         grid: str | None = None,
         self_loops: bool = True,
+        length_scale: float = 1.0,
     ) -> None:
         super().__init__()
         self.arguments = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
@@ -139,6 +144,8 @@ class PONITA(nn.Module):
         check_size("num_ori", num_ori, -1)
         if in_channels + in_vec == 0 or out_channels + out_vec == 0:
             raise ValueError("in_channels + in_vec and out_channels + out_vec must be positive")
+        if not (isinstance(length_scale, (int, float)) and 0 < length_scale < math.inf):
+            raise ValueError(f"length_scale is {length_scale!r}, but must be a positive length")
         if dim not in (2, 3):
             raise ValueError(f"dim is {dim!r}, but must be 2 or 3")
         if readout not in READOUTS:
@@ -160,7 +167,7 @@ class PONITA(nn.Module):
         self.in_channels, self.hidden_channels, self.out_channels = in_channels, hidden_channels, out_channels
         self.num_layers, self.in_vec, self.out_vec, self.radius = num_layers, in_vec, out_vec, radius
         self.separable = separable or num_ori <= 0
-        self.readout, self.rotate, self.self_loops = readout, rotate, self_loops
+        self.readout, self.rotate, self.self_loops, self.length_scale = readout, rotate, self_loops, length_scale
         basis_dim = hidden_channels if basis_dim is None else basis_dim
 
         self.grid: OrientationGrid | FrameGrid | None = None
@@ -447,6 +454,8 @@ class PONITA(nn.Module):
             pair = (inputs.node_mask[source] & inputs.node_mask[target]).to(r.dtype)
             scale = pair if scale is None else scale * pair
         dist = safe_norm(r) if self.radius is not None else None
+        if self.length_scale != 1.0:
+            r = r / self.length_scale
 
         fiber_basis, weight = None, None
         kind = "universal" if self.num_ori == 0 else self.invariants

@@ -222,7 +222,8 @@ class PointConv(nn.Module):
         """
         if edge_index is None and plan is None:
             flat, edge_index, kernel_basis = _flatten_dense(x, kernel_basis, mask)
-            return self.forward(flat, edge_index, kernel_basis, self_basis=self_basis).view(*x.shape[:2], -1)
+            flat_out = self.forward(flat, edge_index, kernel_basis, self_basis=self_basis)
+            return flat_out.view(*x.shape[:2], self.out_channels)
         if plan is None:
             plan = SegmentPlan.from_edge_index(_edges(edge_index), x.size(0))
         out = self.spatial(x, kernel_basis, self_basis, plan)
@@ -375,14 +376,14 @@ class PoniConv(nn.Module):
             return out if self_basis is None else out + x * F.linear(self_basis, kernel)
         num_nodes, num_ori, _ = x.shape
         x = x / num_ori if weight is None else x * weight.to(x.dtype).unsqueeze(1)
-        points, basis = x.reshape(num_nodes * num_ori, -1), kernel_basis.flatten(0, 2)
+        points, basis = x.flatten(0, 1), kernel_basis.flatten(0, 2)
         if self.groups == "depthwise":
             out = gather_linear_mul_segment_sum(points.unsqueeze(1), basis.unsqueeze(1), kernel, None, None, plan=plan)
-            out = out.view(num_nodes, num_ori, -1)
+            out = out.view(num_nodes, num_ori, self.out_channels)
             if self_basis is not None:
                 out = out + torch.einsum("voc,poc->vpc", x, F.linear(self_basis[0], kernel))
             return out
-        per_basis = _sum_per_basis(points, basis, plan).view(num_nodes, num_ori, self.basis_dim, -1)
+        per_basis = _sum_per_basis(points, basis, plan).view(num_nodes, num_ori, self.basis_dim, self.in_channels)
         if self_basis is not None:
             per_basis = per_basis + torch.einsum("voc,pob->vpbc", x, self_basis[0])
         return torch.einsum("vpbc,dcb->vpd", per_basis, kernel)

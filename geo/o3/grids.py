@@ -289,7 +289,7 @@ def _platonic(num: int) -> np.ndarray:
         return np.concatenate([np.eye(3), -np.eye(3)])
     if num == 8:
         return np.asarray(signs / math.sqrt(3))
-    a, b = (1.0, _GOLDEN) if num == 12 else (1 / _GOLDEN, _GOLDEN)
+    a, b = (1.0, _GOLDEN) if num == 12 else (_GOLDEN, 1 / _GOLDEN)  # each the dual of the other: one rotation group
     ring = np.array([(0, s * a, t * b) for s in (1, -1) for t in (1, -1)])
     rings = np.concatenate([np.roll(ring, shift, axis=1) for shift in range(3)])
     points = rings if num == 12 else np.concatenate([signs, rings])
