@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from geo.ops import bounds
+from geo.ops.gather_mul import check_one_device, check_sources
 from geo.ops.plan import SegmentPlan, complete, index_from_csr
 from geo.ops.registration import define
 
@@ -60,7 +61,7 @@ def gather_linear_mul_segment_sum(
         out: [N, O, C], in the promoted dtype of ``x``, ``basis`` and ``weight``; 16-bit types accumulate in float32.
 
     Raises:
-        ValueError: Shapes that do not fit together, or neither ``plan`` nor ``src_index`` and ``ptr``.
+        ValueError: Shapes that do not fit together, or not exactly one of ``plan`` and (``src_index``, ``ptr``).
         TypeError: Tensors that are not floating point, or indices that are not int64.
         IndexError: An index or ``ptr`` out of bounds.
 
@@ -75,26 +76,28 @@ def gather_linear_mul_segment_sum(
     """
     dst_index, t_ptr, t_perm = None, None, None
     if plan is not None:
-        if plan.src_index is None:
-            raise ValueError(
-                "plan: has no src_index; build it with SegmentPlan.from_edge_index or pass src_index to it"
-            )
-        src_index, ptr, edge_perm = plan.src_index, plan.ptr, plan.perm
-        dst_index = plan.index
+        if src_index is not None or ptr is not None or edge_perm is not None:
+            raise ValueError(f"{_NAME}: give either plan or src_index, ptr and edge_perm, not both")
+        src_index, ptr, edge_perm, dst_index = plan.src_index, plan.ptr, plan.perm, plan.index
+    if src_index is None or ptr is None:
+        raise ValueError(f"{_NAME}: needs src_index and ptr, or a plan that was built with src_index")
+    _check_arguments(x, basis, weight, src_index, ptr, edge_perm)
+    check_one_device(_NAME, x=x, basis=basis, weight=weight, src_index=src_index, ptr=ptr)
+    if plan is not None:
+        check_sources(_NAME, plan, x)
         if torch.is_grad_enabled() and (x.requires_grad or basis.requires_grad or weight.requires_grad):
             t_ptr, t_perm = plan.t_ptr, plan.t_perm
-    if src_index is None or ptr is None:
-        raise ValueError("gather_linear_mul_segment_sum: give plan, or src_index and ptr")
-    _check_arguments(x, basis, weight, src_index, ptr, edge_perm)
-    num_edges = basis.size(0)
     dtype = torch.promote_types(torch.promote_types(x.dtype, basis.dtype), weight.dtype)
     x, basis, weight = x.to(dtype), basis.to(dtype), weight.to(dtype)
-    out: Tensor = bounds.call(
-        "gather_linear_mul_segment_sum",
-        torch.ops.geo.gather_linear_mul_segment_sum,
-        (x, basis, weight, src_index, dst_index, ptr, edge_perm, t_ptr, t_perm),
-        (("ptr", ptr, num_edges), ("edge_perm", edge_perm, num_edges - 1), ("src_index", src_index, x.size(0) - 1)),
+    num_edges = basis.size(0)
+    checks = (
+        ("src_index", src_index, x.size(0) - 1),
+        ("dst_index", dst_index, ptr.size(0) - 2),
+        ("edge_perm", edge_perm, num_edges - 1),
+        ("ptr", ptr, num_edges),
     )
+    args = (x, basis, weight, src_index, dst_index, ptr, edge_perm, t_ptr, t_perm)
+    out: Tensor = bounds.call(_NAME, torch.ops.geo.gather_linear_mul_segment_sum, args, checks)
     return out
 
 
@@ -151,7 +154,7 @@ def gather_linear_mul_segment_sum_reference(
     if plan is not None:
         src_index, ptr, edge_perm, dst_index = plan.src_index, plan.ptr, plan.perm, plan.index
     if src_index is None or ptr is None:
-        raise ValueError("gather_linear_mul_segment_sum_reference: give plan, or src_index and ptr")
+        raise ValueError(f"{_NAME}_reference: needs src_index and ptr, or a plan that was built with src_index")
     if dst_index is None:
         dst_index = index_from_csr(ptr, edge_perm, basis.size(0))
     dtype = torch.promote_types(torch.promote_types(x.dtype, basis.dtype), weight.dtype)
