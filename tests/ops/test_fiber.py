@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from geo import _native
 from geo.ops import fiber_mul_sum, fiber_mul_sum_reference
 from geo.testing import assert_close, check_compile, check_derivatives, check_op
 
@@ -50,6 +51,7 @@ def test_any_size(seed, nodes, sizes, dtype):
     check_op(fiber_mul_sum, fiber_mul_sum_reference, tensors(nodes, sizes, dtype=dtype), factor=10)
 
 
+@pytest.mark.skipif(not _native.have("cpu"), reason="no compiled CPU kernels")
 def test_same_bits_on_any_number_of_threads():
     x, kernel = (t.requires_grad_() for t in tensors(3000, (6, 5, 20)))
     threads, results = torch.get_num_threads(), []

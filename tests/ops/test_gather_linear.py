@@ -141,6 +141,7 @@ def test_any_size(seed, num_edges, num_ori, shared, channels, basis_dim, dtype):
     check_op(with_plan(plan), reference(plan), inputs, factor=20)
 
 
+@pytest.mark.skipif(not _native.have("cpu"), reason="no compiled CPU kernels")
 def test_same_bits_on_any_number_of_threads():
     index = torch.cat([torch.full((3000,), 3), torch.randint(50, (2000,))])[torch.randperm(5000)]
     plan = SegmentPlan(index, 50, torch.randint(40, (5000,)), 40)
