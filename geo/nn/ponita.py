@@ -249,7 +249,6 @@ class PONITA(nn.Module):
             ValueError: An argument of wrong shape or dtype, or with a value that is not finite.
             IndexError: A node or graph that does not exist.
         """
-        dense = x.shape[:2] if x.dim() == 3 and edge_index is None else None
         inputs = flat_inputs(self._expected(), x, pos, edge_index, batch, vec, ori, mask, edge_shift, batch_size)
         graph = self._graph(inputs)
         h = self._embed(inputs, graph)
@@ -262,8 +261,8 @@ class PONITA(nn.Module):
         if proj_index is not None:
             share, num_proj = self._share(proj_index, num_proj, inputs)
         outputs = [self._pool(t, inputs, share, proj_index, num_proj) for t in (scalar, vector)]
-        if dense is not None and self.readout == "node":
-            outputs = [None if t is None else t.view(*dense, *t.shape[1:]) for t in outputs]
+        if x.dim() == 3 and self.readout == "node":
+            outputs = [None if t is None else t.view(*x.shape[:2], *t.shape[1:]) for t in outputs]
         return outputs[0], outputs[1]
 
     def energy_and_forces(

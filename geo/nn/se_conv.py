@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from geo.ops import SegmentPlan, gather_linear_mul_segment_sum, gather_mul_segment_sum
+from geo.ops import SegmentPlan, fiber_mul_sum, gather_linear_mul_segment_sum, gather_mul_segment_sum
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -396,7 +396,8 @@ class PoniConv(nn.Module):
         num_ori = fiber_basis.size(1)
         basis = fiber_basis / num_ori if weight is None else fiber_basis * weight.to(dtype).unsqueeze(1)
         kernel = torch.tensordot(basis, self.fiber_weight.to(dtype), ([2], [self.fiber_weight.dim() - 1]))
-        return torch.einsum("voc,poc->vpc" if kernel.dim() == 3 else "voc,podc->vpd", x.to(dtype), kernel)
+        x = x.to(dtype)
+        return fiber_mul_sum(x, kernel) if kernel.dim() == 3 else torch.einsum("voc,podc->vpd", x, kernel)
 
     def extra_repr(self) -> str:
         """Sizes and options."""
