@@ -50,4 +50,16 @@ GEO_HD int64_t weight_offset(const FeatureLayout& layout, int64_t feature) {
   return offset;
 }
 
+// The features that share weight j: number k of num_features / num_weights, in increasing order.
+GEO_HD int64_t feature_of(const FeatureLayout& layout, int64_t weight, int64_t k) {
+  int64_t feature = 0, step = 1;
+  for (int g = layout.num_groups - 1; g >= 0; --g) {
+    int64_t& from = layout.stride[g] ? weight : k;
+    feature += from % layout.size[g] * step;
+    from /= layout.size[g];
+    step *= layout.size[g];
+  }
+  return feature;
+}
+
 }  // namespace geo

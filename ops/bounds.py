@@ -14,7 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from geo.ops.registration import define
+
 MARK = " is out of range "  # every message about a bad index holds these words, in Python, C++ and CUDA
+_KINDS = ("src_index", "dst_index", "edge_perm", "ptr")  # the order of the flag: Fault in csrc/segments.h
 _SENTENCE = re.compile(rf"\w+\[\d+\] = -?\d+{MARK}.*")
 _checked = True
 
@@ -36,6 +39,8 @@ def out_of_range(op: str, name: str, position: int, value: int, low: int, high: 
 
 def check_index(op: str, name: str, index: Tensor, size: int) -> None:
     """Raise IndexError unless every entry of ``index`` lies in [0, size)."""
+    if not _reads_values(index):
+        return
     bad = (index < 0) | (index >= size)
     if bool(bad.any()):
         position = int(bad.to(torch.uint8).argmax())
@@ -44,6 +49,8 @@ def check_index(op: str, name: str, index: Tensor, size: int) -> None:
 
 def check_ptr(op: str, ptr: Tensor, num_edges: int) -> None:
     """Raise IndexError unless ``ptr`` rises from 0 to ``num_edges``."""
+    if not _reads_values(ptr):
+        return
     low = torch.cat([ptr.new_zeros(1), ptr[:-1].clamp(0, num_edges)])
     high = torch.full_like(ptr, num_edges)
     high[0] = 0
@@ -65,7 +72,7 @@ def refuse_functorch(op: str) -> None:
 def call(name: str, op: Any, args: Sequence[Any], checks: Sequence[tuple[str, Tensor | None, int]] = ()) -> Any:
     """Call ``op(*args)`` for the public function ``name``; a bad index arrives as IndexError.
 
-    ``checks`` lists what a CUDA flag refers to, in the kernel's order: (argument's name, tensor, greatest value).
+    ``checks`` lists what a CUDA flag may refer to: (argument's name, tensor, greatest value).
     """
     if torch.compiler.is_compiling():
         return op(*args)
@@ -77,18 +84,32 @@ def call(name: str, op: Any, args: Sequence[Any], checks: Sequence[tuple[str, Te
             raise IndexError(f"{name}: {found[0]}") from None
         raise
     first = next(arg for arg in args if isinstance(arg, Tensor))
-    if _checked and first.is_cuda and hasattr(torch.ops.geo, "bounds_flag") and not _capturing():
+    if first.is_cuda and _reads_values(first):
         _read_flag(name, first, checks)
     return out
 
 
-def _capturing() -> bool:
-    return torch.cuda.is_current_stream_capturing()
+def _reads_values(like: Tensor) -> bool:
+    """Whether values may be looked at now: always on the CPU, on CUDA unless that was switched off or is captured."""
+    return not like.is_cuda or (_checked and not torch.cuda.is_current_stream_capturing())
 
 
 def _read_flag(name: str, like: Tensor, checks: Sequence[tuple[str, Tensor | None, int]]) -> None:
-    """Read and clear the device's flag: one position per kind of index, or a negative number where all was well."""
-    positions = torch.ops.geo.bounds_flag(like).tolist()
-    for position, (what, tensor, high) in zip(positions, checks, strict=False):
-        if position >= 0 and tensor is not None:
-            raise IndexError(out_of_range(name, what, position, int(tensor[position]), 0, high))
+    """Read and clear the device's flag: the least position of each kind of index that a kernel found bad, or -1."""
+    positions = dict(zip(_KINDS, torch.ops.geo.bounds_flag(like).tolist(), strict=True))
+    for what, tensor, high in checks:
+        position = positions.get(what, -1)
+        if tensor is None or not 0 <= position < tensor.numel():
+            continue
+        if what == "ptr":
+            check_ptr(name, tensor, high)
+        elif not 0 <= (value := int(tensor[position])) <= high:  # else it was noted by a call that did not read
+            raise IndexError(out_of_range(name, what, position, value, 0, high))
+
+
+def _flag_kernel(like: Tensor) -> Tensor:
+    """Without the CUDA library no kernel notes anything: the plain-PyTorch kernels raise themselves."""
+    return torch.full((len(_KINDS),), -1, dtype=torch.int64, device=like.device)
+
+
+define("bounds_flag(Tensor like) -> Tensor", _flag_kernel, lambda like: like.new_empty(len(_KINDS), dtype=torch.int64))
