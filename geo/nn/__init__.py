@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from geo.nn.frame_conv import SE2Conv, SE3Conv
+from geo.nn.kernel_basis import KernelBasis
 from geo.nn.orientation_grid import FrameGrid, OrientationGrid
 from geo.nn.ponita import PONITA
-from geo.nn.se_conv import ConvNeXtBlock, KernelBasis, PointConv, PoniConv
+from geo.nn.se_conv import ConvNeXtBlock, PointConv, PoniConv
 
 __all__ = [
     "PONITA",

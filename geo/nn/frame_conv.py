@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from geo.nn.se_conv import KernelBasis, PointConv, PoniConv, bundle_edges
+from geo.nn.kernel_basis import KernelBasis
+from geo.nn.se_conv import PointConv, PoniConv, bundle_edges
 from geo.o3 import num_grid_invariants, num_pair_invariants, safe_norm
 from geo.o3.invariants import (
     edge_vectors,

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from geo.nn.kernel_basis import KernelBasis
 from geo.nn.orientation_grid import FrameGrid, OrientationGrid
+from geo.nn.ponita_calibration import batch_arguments, ratio_or_one, spread
 from geo.nn.ponita_files import load_model, save_model
 from geo.nn.ponita_inputs import Expected, Inputs, check_size, flat_inputs
-from geo.nn.se_conv import ConvNeXtBlock, KernelBasis, PointConv, PoniConv
+from geo.nn.se_conv import ConvNeXtBlock, PointConv, PoniConv
 from geo.o3 import num_grid_invariants, num_pair_invariants, random_rotations, safe_norm
 from geo.o3.invariants import grid_invariants_from_vectors, pair_invariants_from_vectors, zero_invariants
 from geo.ops import SegmentPlan, segment_reduce
@@ -363,20 +364,20 @@ class PONITA(nn.Module):
         Raises:
             ValueError: No batch, or one that lacks ``x`` or ``pos``.
         """
-        inputs = [flat_inputs(self._expected(), **arguments) for arguments in _batch_arguments(data)]
+        inputs = [flat_inputs(self._expected(), **arguments) for arguments in batch_arguments(data)]
         graphs = [self._graph(i) for i in inputs]
         hidden = [self._embed(i, g) for i, g in zip(inputs, graphs, strict=True)]
         for block in self.blocks:
             conv = block.conv
             if not isinstance(conv, (PointConv, PoniConv)):
                 raise TypeError(f"cannot calibrate a {type(conv).__name__}")
-            spread = _std(hidden)
+            wanted = spread(hidden)
             pairs = list(zip(hidden, graphs, strict=True))
             if isinstance(conv, PoniConv):
                 out = [conv.spatial(h, g.kernel_basis, g.weight, g.self_basis, g.plan) for h, g in pairs]
             else:
                 out = [conv.spatial(h, g.kernel_basis, g.self_basis, g.plan) for h, g in pairs]
-            ratio = _ratio(spread, _std(out))
+            ratio = ratio_or_one(wanted, spread(out))
             conv.weight.mul_(ratio.to(conv.weight))
             if isinstance(conv, PoniConv) and conv.fiber_weight is not None:
                 out = [
@@ -384,7 +385,7 @@ class PONITA(nn.Module):
                     for h, g in zip(out, graphs, strict=True)
                     if g.fiber_basis is not None
                 ]
-                conv.fiber_weight.mul_(_ratio(spread, _std(out)).to(conv.fiber_weight))
+                conv.fiber_weight.mul_(ratio_or_one(wanted, spread(out)).to(conv.fiber_weight))
             hidden = [self._block(block, h, g) for h, g in pairs]
         self.calibrated.fill_(True)
         return self
@@ -448,7 +449,8 @@ class PONITA(nn.Module):
             loop = source == target
             if inputs.edge_shift is not None:
                 loop = loop & (inputs.edge_shift == 0).all(-1)
-            scale = (~loop).to(r.dtype)
+            if torch.compiler.is_compiling() or loop.is_cuda or bool(loop.any()):
+                scale = (~loop).to(r.dtype)
         if inputs.node_mask is not None:
             pair = (inputs.node_mask[source] & inputs.node_mask[target]).to(r.dtype)
             scale = pair if scale is None else scale * pair
@@ -586,41 +588,3 @@ def _segment_sum(value: Tensor, index: Tensor, size: int) -> Tensor:
     plan = SegmentPlan(index, size)
     total: Tensor = segment_reduce(value if plan.perm is None else value[plan.perm], plan.ptr, "sum")
     return total
-
-
-def _batch_arguments(data: Any) -> list[dict[str, Any]]:
-    """The arguments of `flat_inputs` that each of the batches holds."""
-    if isinstance(data, Mapping) or hasattr(data, "pos"):
-        data = [data]
-    if not isinstance(data, Iterable):
-        raise ValueError(f"data is {type(data).__name__}, but must be a batch or an iterable of batches")
-    names = ("x", "pos", "edge_index", "batch", "vec", "ori", "mask", "edge_shift")
-    batches = []
-    for batch in data:
-        found = {n: batch.get(n) if isinstance(batch, Mapping) else getattr(batch, n, None) for n in names}
-        for name in ("x", "pos"):
-            if found[name] is None:
-                raise ValueError(
-                    f"data has no {name!r}: calibration needs batches with the arguments of PONITA.forward"
-                )
-        batches.append(found)
-    if not batches:
-        raise ValueError("data holds no batch, but calibration needs at least one")
-    return batches
-
-
-def _std(values: list[Tensor]) -> Tensor:
-    """Standard deviation of all entries, over all batches and ranks."""
-    parts = [v.double() for v in values]
-    rows = [torch.stack((p.sum(), p.square().sum(), p.new_tensor(float(p.numel())))) for p in parts]
-    moments = torch.stack(rows).sum(0)
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.all_reduce(moments)
-    mean = moments[0] / moments[2].clamp(min=1)
-    return (moments[1] / moments[2].clamp(min=1) - mean.square()).clamp(min=0).sqrt()
-
-
-def _ratio(wanted: Tensor, found: Tensor) -> Tensor:
-    """Wanted / found, and 1 where one of them is zero (a constant input, no edges)."""
-    fine = (wanted > 0) & (found > 0)
-    return torch.where(fine, wanted / torch.where(fine, found, torch.ones_like(found)), torch.ones_like(found))

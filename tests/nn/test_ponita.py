@@ -399,7 +399,7 @@ def test_calibration_keeps_the_spread_and_is_never_hidden(mode):
         block.conv.register_forward_hook(lambda _, args, out: spreads.append((args[0].std(), out.std())))
     run(model, batch)
     for before_conv, after_conv in spreads:
-        assert 0.9 < float(after_conv / before_conv) < 1.1
+        assert 0.9 < (after_conv / before_conv).item() < 1.1
     again = build(mode, num_layers=3)
     again.load_state_dict(before)
     halves = [sample(model, n, n) for n in (4, 6, 5)]
@@ -473,3 +473,40 @@ def test_thread_count_changes_no_bit():
         outs.append(run(model, data)[0])
     torch.set_num_threads(threads)
     assert_close(*outs)
+
+
+def test_calibration_shares_statistics_between_ranks(monkeypatch):
+    """A second rank with the same moments leaves the result; one with no spread at all does not."""
+    model, batch = build(), sample(build(), 6)
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    expected = {k: v.clone() for k, v in model.calibrate(batch).state_dict().items()}
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    for scale, same in ((2.0, True), (torch.tensor([1.0, 1.0, 2.0]), False)):
+        monkeypatch.setattr(torch.distributed, "all_reduce", lambda t, s=scale: t.mul_(s))
+        model.load_state_dict(state)
+        model.calibrate(batch)
+        close = [torch.allclose(v, expected[k]) for k, v in model.state_dict().items() if "conv.weight" in k]
+        assert all(close) == same
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("mode", MODES)
+def test_cuda_equals_cpu(mode):
+    model = build(mode, out_channels=1, out_vec=0, readout="add")
+    batch = Batch.from_data_list([sample(model, n, n) for n in (4, 1, 6, 0)])
+    arguments = (batch.x, batch.pos, batch.edge_index, batch.batch, batch.edge_shift)
+    extra = {"vec": batch.get("vec"), "batch_size": 4}
+    expected = model.energy_and_forces(*arguments, **extra)
+    expected[1].square().sum().backward()
+    gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    model.zero_grad()
+    model.cuda()
+    moved = {k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in extra.items()}
+    actual = model.energy_and_forces(*(a.cuda() for a in arguments), **moved)
+    actual[1].square().sum().backward()
+    assert_close([a.cpu() for a in actual], expected)
+    assert_close([p.grad.cpu() for p in model.parameters() if p.grad is not None], gradients, factor=100)
+    with pytest.raises(IndexError, match="edge_index"):
+        model(*(a.cuda() for a in arguments[:2]), arguments[2].cuda() + 100, **moved)
+    with pytest.raises(ValueError, match="edge_index is on cpu|x is on cpu"):
+        model(*arguments[:2], arguments[2], **moved)

@@ -7,7 +7,8 @@ import torch
 from torch_geometric.data import Data
 
 from geo.nn import ConvNeXtBlock, KernelBasis, PointConv, PoniConv
-from geo.nn.se_conv import bundle_edges, complete_edges, num_polynomial_features, polynomial_features, radial_window
+from geo.nn.kernel_basis import num_polynomial_features, polynomial_features, radial_window
+from geo.nn.se_conv import bundle_edges, complete_edges
 from geo.o3 import grid_invariants, orientation_points
 from geo.testing import (
     assert_alone_equals_batched,
