@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from geo.nn.activations import activation
+from geo.nn.activations import activation, gelu
 
 
 def polynomial_features(x: Tensor, degree: int) -> Tensor:
@@ -51,6 +53,79 @@ def radial_window(dist: Tensor, r_max: float, p: int = 6) -> Tensor:
     x = (dist / r_max).clamp(max=1.0)
     value = 1 - x**p * ((p + 1) * (p + 2) / 2 - x * (p * (p + 2) - x * (p * (p + 1) / 2)))
     return torch.where(dist < r_max, value, torch.zeros_like(value))
+
+
+def _per_edge(scale: Tensor, out: Tensor) -> Tensor:
+    return scale.to(out.dtype).view(-1, *([1] * (out.dim() - 1)))
+
+
+def _fixed(attr: Tensor, scale: Tensor | None) -> bool:
+    """Whether the basis is one of fixed geometry on a CPU, where it is computed tile by tile."""
+    if torch.compiler.is_compiling() or attr.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+        return False
+    moving = attr.requires_grad or (scale is not None and scale.requires_grad)
+    return not (moving and torch.is_grad_enabled())
+
+
+class _TiledBasis(torch.autograd.Function):
+    """The MLP with GELU and the factor per edge, a cache-sized tile of edges at a time, recomputed in the backward.
+
+    The plain way stores five tensors of the size of the result; here none of them leaves the cache. For fixed
+    invariants only: gradients are those of the weights.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, attr: Tensor, scale: Tensor | None, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, degree: int
+    ) -> Tensor:
+        ctx.save_for_backward(attr, scale, w1, b1, w2, b2)
+        ctx.degree = degree
+        out = attr.new_empty(*attr.shape[:-1], w2.size(0))
+        for tile in _tiles(attr):
+            *_, z = _mlp(attr[tile], w1, b1, w2, b2, degree)
+            part = out[tile]
+            torch.ops.aten.gelu.out(z.view_as(part), out=part)
+            if scale is not None:
+                part.mul_(_per_edge(scale[tile], part))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        attr, scale, *weights = ctx.saved_tensors
+        need, degree = ctx.needs_input_grad, ctx.degree
+        if torch.is_grad_enabled():  # a gradient that is itself differentiated: composed
+            w1, b1, w2, b2 = weights
+            out = gelu(F.linear(gelu(F.linear(polynomial_features(attr, degree), w1, b1)), w2, b2))
+            out = out if scale is None else out * _per_edge(scale, out)
+            wanted = [w for w, n in zip(weights, need[2:6], strict=True) if n]
+            found = iter(torch.autograd.grad(out, wanted, grads[0], create_graph=True))
+            return (None, None, *(next(found) if n else None for n in need[2:6]), None)
+        sums = [torch.zeros_like(w) for w in weights]
+        for tile in _tiles(attr):
+            features, h, g, z = _mlp(attr[tile], weights[0], weights[1], weights[2], weights[3], degree)
+            d = grads[0][tile]
+            d = (d if scale is None else d * _per_edge(scale[tile], d)).reshape(z.shape)
+            d = torch.ops.aten.gelu_backward(d, z)
+            sums[2].addmm_(d.t(), g)
+            sums[3] += d.sum(0)
+            d = torch.ops.aten.gelu_backward(d @ weights[2], h)
+            sums[0].addmm_(d.t(), features)
+            sums[1] += d.sum(0)
+        return (None, None, *(s if n else None for s, n in zip(sums, need[2:6], strict=True)), None)
+
+
+def _tiles(attr: Tensor) -> list[slice]:
+    rows = max(1, math.prod(attr.shape[1:-1]))
+    step = max(1, 4096 // rows)
+    return [slice(begin, begin + step) for begin in range(0, attr.size(0), step)]
+
+
+def _mlp(attr: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, degree: int) -> tuple[Tensor, ...]:
+    """Features, and the values before and after the first activation and before the second."""
+    features = polynomial_features(attr, degree).flatten(0, -2)
+    h = torch.addmm(b1, features, w1.t())
+    g = F.gelu(h)
+    return features, h, g, torch.addmm(b2, g, w2.t())
 
 
 class KernelBasis(nn.Module):
@@ -114,16 +189,17 @@ class KernelBasis(nn.Module):
 
     def forward(self, attr: Tensor, dist: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
         """Basis of each row of ``attr``; ``dist`` feeds the window and ``scale`` is one more factor per edge."""
-        out = self.act(self.lin2(self.act(self.lin1(polynomial_features(attr, self.degree)))))
         if self.r_max is not None:
             if dist is None:
                 raise ValueError(f"dist is needed for the window that ends at r_max={self.r_max}")
             window = radial_window(dist, self.r_max, self.p)
             scale = window if scale is None else window * scale
-        if scale is None:
-            return out
-        scale = scale.to(out.dtype).view(-1, *([1] * (out.dim() - 1)))
-        return out * scale
+        if self.act is gelu and _fixed(attr, scale):
+            weights = (self.lin1.weight, self.lin1.bias, self.lin2.weight, self.lin2.bias)
+            tiled: Tensor = _TiledBasis.apply(attr, scale, *weights, self.degree)  # type: ignore[no-untyped-call]
+            return tiled
+        out = self.act(self.lin2(self.act(self.lin1(polynomial_features(attr, self.degree)))))
+        return out if scale is None else out * _per_edge(scale, out)
 
     def extra_repr(self) -> str:
         """Sizes and options."""

@@ -12,6 +12,7 @@ from geo.nn.se_conv import bundle_edges, complete_edges
 from geo.o3 import grid_invariants, orientation_points
 from geo.testing import (
     assert_alone_equals_batched,
+    assert_close,
     assert_permutation_equivariant,
     assert_state_dict_roundtrip,
     check_compile,
@@ -74,6 +75,27 @@ def test_basis_shapes_window_and_scale():
     torch.testing.assert_close(plain(attr, scale=dist), plain(attr) * dist.view(5, 1, 1))
     with pytest.raises(ValueError, match="dist is needed"):
         basis(attr)
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (1, 4), (700, 16), (5000,), (300, 4, 4)])
+@pytest.mark.parametrize("scaled", [True, False])
+def test_tiles_change_nothing(shape, scaled):
+    """Fixed invariants take the tiled path, others the plain one: equal, to the second derivative."""
+    basis = KernelBasis(2, 8, hidden=6).double()
+    attr = torch.randn(*shape, 2, dtype=F64)
+    scale = torch.rand(shape[0], dtype=F64) if scaled else None
+    cotangent = torch.randn(*shape, 8, dtype=F64)
+    results = []
+    for moving in (False, True):
+        out = basis(attr.clone().requires_grad_(moving), scale=scale)
+        plain = torch.autograd.grad(out, list(basis.parameters()), cotangent, retain_graph=True)
+        c = cotangent.clone().requires_grad_()
+        first = torch.autograd.grad(out, list(basis.parameters()), c, create_graph=True)
+        loss = sum(g.square().sum() for g in first)
+        second = torch.autograd.grad(loss, [*basis.parameters(), c])
+        with torch.no_grad():
+            results.append((out, basis(attr, scale=scale), plain, first, second))
+    assert_close(results[0], results[1])
 
 
 @pytest.mark.parametrize(
