@@ -71,10 +71,10 @@ def flat_inputs(
         num_graphs = int(batch.max()) + 1 if batch.numel() else 0
     else:
         num_graphs = 1
-    if edge_index is None:
-        edge_index = _all_pairs(batch, x.size(0), x.device)
     if not torch.compiler.is_compiling():
         _check_values(x, pos, edge_index, edge_shift, batch, vec, ori, num_graphs)
+    if edge_index is None:
+        edge_index = _all_pairs(batch, x.size(0), x.device)
     return Inputs(x, pos, edge_index, batch, vec, ori, edge_shift, node_mask, num_graphs)
 
 
@@ -155,7 +155,7 @@ def _check_graph(
 def _check_values(
     x: Tensor,
     pos: Tensor,
-    edge_index: Tensor,
+    edge_index: Tensor | None,
     edge_shift: Tensor | None,
     batch: Tensor | None,
     vec: Tensor | None,
@@ -167,9 +167,8 @@ def _check_values(
         return
     named = (("x", x), ("pos", pos), ("vec", vec), ("ori", ori), ("edge_shift", edge_shift))
     finite = [(name, t.detach()) for name, t in named if t is not None]
-    indices = [("edge_index", edge_index, pos.size(0))]
-    if batch is not None:
-        indices.append(("batch", batch, num_graphs))
+    named_indices = (("edge_index", edge_index, pos.size(0)), ("batch", batch, num_graphs))
+    indices = [(name, t, bound) for name, t, bound in named_indices if t is not None]
     fine = [torch.isfinite(t).all() for _, t in finite]
     fine += [((t >= 0) & (t < bound)).all() for _, t, bound in indices]
     if bool(torch.stack(fine).all()):
@@ -189,7 +188,13 @@ def _all_pairs(batch: Tensor | None, num_nodes: int, device: torch.device) -> Te
     """All ordered pairs of nodes of the same graph, sorted by receiver (with loops, which the model leaves out)."""
     if batch is None:
         return complete_edges(1, num_nodes, device)
-    return (batch.unsqueeze(1) == batch.unsqueeze(0)).nonzero().t().flip(0)
+    order = torch.sort(batch, stable=True).indices
+    count = torch.bincount(batch)
+    start = count.cumsum(0) - count
+    partners = count[batch]  # of each node, in the order of nodes
+    target = torch.repeat_interleave(torch.arange(num_nodes, device=device), partners)
+    step = torch.arange(target.numel(), device=device) - (partners.cumsum(0) - partners)[target]
+    return torch.stack((order[start[batch][target] + step], target))
 
 
 def check_size(name: str, value: Any, least: int) -> None:

@@ -312,6 +312,10 @@ def test_no_edge_index_means_all_pairs(mode):
     together = Batch.from_data_list(graphs)
     whole = model(together.x, together.pos, batch=together.batch, vec=together.get("vec"))
     assert_close(whole, run(model, together))  # the window cuts what is further than the radius
+    mixed = torch.randperm(8)  # nodes of a graph need not stand together
+    vec = None if together.get("vec") is None else together.vec[mixed]
+    shuffled = model(together.x[mixed], together.pos[mixed], batch=together.batch[mixed], vec=vec)
+    assert_close(shuffled, [None if t is None else t[mixed] for t in whole])
 
 
 @pytest.mark.parametrize("space", ["R3xS2", "SE3", "R2xS1"])

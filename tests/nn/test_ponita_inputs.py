@@ -64,6 +64,11 @@ BAD = {
     "batch shape": ({"batch": torch.zeros(3, dtype=torch.int64)}, ValueError, r"batch is torch.int64 \(3,\)"),
     "batch dtype": ({"batch": torch.zeros(4)}, ValueError, "batch is torch.float32"),
     "batch size": ({"batch_size": 1}, IndexError, r"batch\[2\] is 1, .* \[0, 1\)"),
+    "batch negative, all pairs": (
+        {"batch": torch.tensor([0, 0, -1, 1]), "edge_index": None},
+        IndexError,
+        r"batch\[2\] is -1",
+    ),
     "batch negative": ({"batch": torch.tensor([0, 0, -1, 1])}, IndexError, r"batch\[2\] is -1"),
     "vec": ({"vec": torch.randn(4, 1, 3)}, ValueError, "vec is given, but in_vec is 0"),
     "ori": ({"ori": torch.randn(4, 3)}, ValueError, "ori is given, but num_ori is 6"),
