@@ -159,7 +159,7 @@ void outer_tile(const T* const* basis, int64_t b, const T* product, int rows, in
 }
 
 template <class T, int NC>
-void outer_panel(const T* const* basis, int64_t B, const T* product, int rows, int64_t pitch, T* dweight) {
+GEO_INLINE void outer_panel(const T* const* basis, int64_t B, const T* product, int rows, int64_t pitch, T* dweight) {
   int64_t b = 0;
   for (; b + kTile <= B; b += kTile) outer_tile<T, kTile, NC>(basis, b, product, rows, pitch, dweight + b * pitch);
   for (; b + 4 <= B; b += 4) outer_tile<T, 4, NC>(basis, b, product, rows, pitch, dweight + b * pitch);
@@ -228,7 +228,7 @@ struct Runner {
   }
 
   // List the next rows of basis; false where an index is out of range.
-  bool fill(Block<T>& block, T* wide) {
+  GEO_MEMBER bool fill(Block<T>& block, T* wide) {
     const bool shared = job.basis_O != job.O;
     int n = 0;
     while (n < rows_per_block && position < chunk.end) {
@@ -297,7 +297,7 @@ struct Runner {
     }
   }
 
-  void compute(const Block<T>& block, const Block<T>& next) const {
+  GEO_MEMBER void compute(const Block<T>& block, const Block<T>& next) const {
     const int64_t reps = job.basis_O == job.O ? 1 : job.O, pitch = job.pitch;
     for_panels<T>(pitch, [&](int64_t column, auto width) {
       constexpr int NC = decltype(width)::value;
@@ -320,7 +320,7 @@ struct Runner {
       });
   }
 
-  void differentiate_basis(const Block<T>& block) const {
+  GEO_MEMBER void differentiate_basis(const Block<T>& block) const {
     for_panels<T>(wide_B, [&](int64_t column, auto width) {
       constexpr int NC = decltype(width)::value;
       const T* panel = job.by_channel + column * job.C;
@@ -349,7 +349,7 @@ struct Runner {
     return to;
   }
 
-  void run() {
+  GEO_MEMBER void run() {
     Block<T> blocks[2];
     if (chunk.dweight) memset(chunk.dweight, 0, sizeof(T) * job.B * job.pitch);
     if (!fill(blocks[0], widened[0])) return;
