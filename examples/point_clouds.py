@@ -106,9 +106,9 @@ def picture(path: Any, frames: list[Any], predictions: dict[str, Tensor]) -> Non
             continue
         frame = frames[i]
         axis.scatter(frame.pos[:, 0], frame.pos[:, 1], c=frame.x.view(-1), s=45, cmap="Greys", edgecolors="0.6", lw=0.4)
-        said = ", ".join(str(int(value[i])) for value in predictions.values())
-        axis.set(aspect="equal", title=f"a {int(frame.y)}: {said}")
-    figure.suptitle("Turned test digits, and the answers of " + ", ".join(predictions))
+        said = " | ".join(str(int(value[i])) for value in predictions.values())
+        axis.set(aspect="equal", title=f"{int(frame.y)} is called {said}")
+    figure.suptitle("Turned test digits, and the answers of " + " | ".join(predictions))
     figure.tight_layout()
     with write_atomic(path) as temporary:
         figure.savefig(temporary, dpi=130)
