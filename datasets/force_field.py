@@ -129,8 +129,9 @@ class ForceField(MoleculeDataset):
 
     Example:
         >>> from geo.datasets import ForceField
-        >>> _ = open('two.xyz', 'w').write(
-        ...     '1\nProperties=species:S:1:pos:R:3:forces:R:3 energy=-1.0\nH 0 0 0 0 0 1\n' * 2)
+        >>> frame = '1\nProperties=species:S:1:pos:R:3:forces:R:3 energy=-1.0\nH 0 0 0 0 0 1\n'
+        >>> with open('two.xyz', 'w') as file:
+        ...     _ = file.write(frame * 2)
         >>> data = ForceField('.', 'two.xyz', split='all')
         >>> len(data), data[0].force.tolist(), round(data.energy_shift()[1].item(), 6)
         (2, [[0.0, 0.0, 1.0]], -1.0)

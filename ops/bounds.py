@@ -27,6 +27,9 @@ def check_bounds(enabled: bool) -> None:
 
     Off, a call does not wait for the GPU; an edge with an index out of range is then silently left out of the result.
     The CPU kernels raise in any case.
+
+    Args:
+        enabled: read the flag.
     """
     global _checked
     _checked = bool(enabled)
