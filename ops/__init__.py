@@ -18,6 +18,7 @@ from geo.ops.gather_mul import (
     gather_mul_segment_sum,
     gather_mul_segment_sum_reference,
 )
+from geo.ops.gelu import gelu, gelu_reference
 from geo.ops.plan import SegmentPlan, csr_from_index, csr_from_index_reference
 from geo.ops.segment import gather_csr, gather_csr_reference, segment_reduce, segment_reduce_reference
 
@@ -38,6 +39,8 @@ __all__ = [
     "gather_mul_reference",
     "gather_mul_segment_sum",
     "gather_mul_segment_sum_reference",
+    "gelu",
+    "gelu_reference",
     "segment_reduce",
     "segment_reduce_reference",
 ]

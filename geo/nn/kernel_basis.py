@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from geo.nn.activations import activation, gelu
+from geo.nn.activations import activation
+from geo.ops import gelu
 
 
 def polynomial_features(x: Tensor, degree: int) -> Tensor:
@@ -105,10 +106,10 @@ class _TiledBasis(torch.autograd.Function):
             features, h, g, z = _mlp(attr[tile], weights[0], weights[1], weights[2], weights[3], degree)
             d = grads[0][tile]
             d = (d if scale is None else d * _per_edge(scale[tile], d)).reshape(z.shape)
-            d = torch.ops.aten.gelu_backward(d, z)
+            d = torch.ops.geo.gelu_mul(z, d, 1)
             sums[2].addmm_(d.t(), g)
             sums[3] += d.sum(0)
-            d = torch.ops.aten.gelu_backward(d @ weights[2], h)
+            d = torch.ops.geo.gelu_mul(h, d @ weights[2], 1)
             sums[0].addmm_(d.t(), features)
             sums[1] += d.sum(0)
         return (None, None, *(s if n else None for s, n in zip(sums, need[2:6], strict=True)), None)
