@@ -214,3 +214,15 @@ def test_missing_lightning_names_the_extra():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode != 0
     assert "pip install 'torch-geo[train]'" in done.stderr
+
+
+def test_a_slice_stops_early_and_the_next_goes_on(tmp_path):
+    train, val = loaders()
+    args = flags(tmp_path, "--max-time", "00:00:01:00")
+    first = training.fit(supervised(warmup=0.0), train, val, args, "line", slice_seconds=0.5)
+    spent = first.optimizers[0].param_groups[0]["lr"]
+    assert first.global_step > 0
+    assert spent > 0.9 * 0.05, "the schedule is that of the whole budget, hardly begun"
+    again = flags(tmp_path, "--max-time", "00:00:01:00", "--resume")
+    second = training.fit(supervised(warmup=0.0), train, val, again, "line", slice_seconds=0.5)
+    assert second.global_step > first.global_step
