@@ -68,9 +68,10 @@ def gather_mul_segment_sum(
     check_rows(op, x, weight, src_index)
     x, weight = promote(x, weight)
     t_ptr = t_perm = None
-    if plan is not None and torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+    if plan is not None:
         check_sources(op, plan, x)
-        t_ptr, t_perm = plan.t_ptr, plan.t_perm
+        if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+            t_ptr, t_perm = plan.t_ptr, plan.t_perm
     args = (x, weight, src_index, dst_index, ptr, edge_perm, t_ptr, t_perm)
     num_edges = src_index.size(0)
     checks = (

@@ -114,14 +114,8 @@ inline int64_t block_of(int64_t row_bytes) {
   return std::clamp<int64_t>((int64_t(1) << 18) / std::max<int64_t>(1, row_bytes), 16, 1 << 15);
 }
 
-// A large fresh tensor costs a page fault every 4 KiB, more than writing it; ask for huge pages before the first touch.
+// A large fresh tensor costs a page fault every 4 KiB, more than writing it. Call this before its first touch: it asks for
+// huge pages and, up to a size, for all of them at once.
 void advise_huge_pages(void* data, int64_t bytes);
-
-// A new tensor of the given shape, with huge pages where it is large.
-inline Tensor new_output(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes, int64_t element_size) {
-  Tensor out = torch::stable::new_empty(like, sizes);
-  advise_huge_pages(out.mutable_data_ptr(), out.numel() * element_size);
-  return out;
-}
 
 }  // namespace geo

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from geo.ops import (
     SegmentPlan,
+    check_bounds,
     gather_mul,
     gather_mul_reference,
     gather_mul_segment_sum,
@@ -253,6 +254,20 @@ def test_bad_index_among_many_is_the_first():
             gather_mul(x, x, src, src.clamp(max=99))
 
 
+@pytest.mark.cuda
+def test_unchecked_bad_index_is_skipped():
+    """With check_bounds(False) the edge is left out, and nothing is raised, then or later."""
+    x = torch.ones(4, 3, device="cuda")
+    src, ptr = torch.tensor([0, 9, 1, 2, 0], device="cuda"), torch.tensor([0, 2, 5], device="cuda")
+    check_bounds(False)
+    try:
+        out = gather_mul_segment_sum(x, torch.ones(5, 3, device="cuda"), src, ptr)
+    finally:
+        check_bounds(True)
+    assert out.tolist() == [[1.0] * 3, [3.0] * 3]
+    assert gather_mul(x, x, src.clamp(max=3), src.clamp(max=3)).sum() == 15.0
+
+
 def test_bad_index_in_a_compiled_graph():
     torch.compiler.reset()
     x, w, ptr = torch.zeros(4, 3), torch.zeros(5, 3), torch.tensor([0, 2, 5])
@@ -274,8 +289,7 @@ def test_refusals():
     with pytest.raises(ValueError, match="either plan or ptr and edge_perm"):
         gather_mul_segment_sum(x, w, src, ptr, plan=plan)
     with pytest.raises(ValueError, match="x has 4 rows, the plan was built for 9 sources"):
-        gather_mul_segment_sum(x.requires_grad_(), w, plan=plan)
-    x = x.detach()
+        gather_mul_segment_sum(x, w, plan=plan)
     with pytest.raises(ValueError, match=r"weight must match x \[4, 3\] or be 1 on each feature axis, got \[5, 2\]"):
         gather_mul_segment_sum(x, w[:, :2], src, ptr)
     with pytest.raises(ValueError, match=r"as many axes as x, got \[5\] for x \[4, 3\]"):

@@ -111,12 +111,55 @@ void plane(const Group<S>& group, const Planes& p, int64_t x_offset, int64_t w_o
   }
 }
 
+// Rows too long for the first-level cache to hold a group of them: four edges at a time over the whole row, so that each
+// row of w is read in one stream, and the next four are prefetched alongside.
+template <class S>
+void long_rows(const Group<S>& group, int64_t cols, Acc<S>* acc) {
+  typedef typename vec<Acc<S>>::type V;
+  constexpr int L = vec<Acc<S>>::lanes, N = 4, B = 4;
+  int k = 0;
+  for (; k + B <= group.num; k += B) {
+    const S *x[B], *w[B], *next_x[B], *next_w[B];
+    for (int j = 0; j < B; ++j) {
+      const int next = k + B + j < group.num ? k + B + j : k + j;
+      x[j] = group.x[k + j];
+      w[j] = group.w[k + j];
+      next_x[j] = group.x[next];
+      next_w[j] = group.w[next];
+    }
+    int64_t c = 0;
+    for (; c + N * L <= cols; c += N * L) {
+      V sum[N];
+      GEO_UNROLL(4) for (int n = 0; n < N; ++n) sum[n] = load(acc + c + n * L);
+      GEO_UNROLL(4) for (int j = 0; j < B; ++j) {
+        GEO_UNROLL(4) for (int n = 0; n < N; ++n) {
+          sum[n] += load(x[j] + c + n * L) * load(w[j] + c + n * L);
+          if (n * L * int(sizeof(S)) % 64 == 0) {
+            prefetch(next_x[j] + c + n * L);
+            prefetch(next_w[j] + c + n * L);
+          }
+        }
+      }
+      GEO_UNROLL(4) for (int n = 0; n < N; ++n) store(acc + c + n * L, sum[n]);
+    }
+    for (; c < cols; ++c)
+      for (int j = 0; j < B; ++j) acc[c] += widen(x[j][c]) * widen(w[j][c]);
+  }
+  for (; k < group.num; ++k) {
+    const S *x = group.x[k], *w = group.w[k];
+    int64_t c = 0;
+    for (; c + L <= cols; c += L) store(acc + c, load(acc + c) + load(x + c) * load(w + c));
+    for (; c < cols; ++c) acc[c] += widen(x[c]) * widen(w[c]);
+  }
+}
+
 // row[f] = sum over the edges at places [begin, end) of the CSR order.
 template <class S>
 Outcome sum_edges_to(const GatherMulSum& a, int64_t begin, int64_t end, Acc<S>* row) {
   const S* x = static_cast<const S*>(a.x);
   const S* w = static_cast<const S*>(a.w);
   for (int64_t f = 0; f < a.num_features; ++f) row[f] = 0;
+  const bool long_row = w && a.num_weights == a.num_features && a.num_features * int64_t(sizeof(S)) >= 2048;
   Group<S> group;
   for (int64_t k = begin; k < end; k += kGroup) {
     group.num = int(end - k < kGroup ? end - k : kGroup);
@@ -131,6 +174,10 @@ Outcome sum_edges_to(const GatherMulSum& a, int64_t begin, int64_t end, Acc<S>* 
     for (int j = group.num; j < group.num + kAhead; ++j) {
       group.x[j] = group.x[group.num - 1];
       group.w[j] = group.w[group.num - 1];
+    }
+    if (long_row) {
+      long_rows(group, a.num_features, row);
+      continue;
     }
     for (int64_t q = 0; q < a.planes.num_planes; ++q) {
       const int64_t xo = a.planes.x_offset[q], wo = a.planes.w_offset[q];
