@@ -67,10 +67,13 @@ Tensor gather_csr_cpu(const Tensor& src_, const Tensor& ptr_, int64_t num_out) {
       for (int64_t e = begin; e < end; ++i) {
         const int64_t stop = std::min(end, p[i + 1]);
         const S* row = from + i * width;
-        if (width == 1)
+        if (width == 1) {
           std::fill(to + e, to + stop, *row);
-        else
-          for (int64_t k = e; k < stop; ++k) std::memcpy(to + k * width, row, width * sizeof(S));
+        } else if (e < stop) {  // the first row, then twice as many each time
+          std::memcpy(to + e * width, row, width * sizeof(S));
+          for (int64_t done = 1, count = stop - e; done < count; done *= 2)
+            std::memcpy(to + (e + done) * width, to + e * width, std::min(done, count - done) * width * sizeof(S));
+        }
         e = std::max(e, stop);
       }
     });

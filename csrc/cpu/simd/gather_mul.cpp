@@ -380,49 +380,41 @@ Outcome product(const GatherMul& a, int64_t begin, int64_t end, void* scratch) {
 }
 
 // value[f], arg[f]: the first of the largest (smallest) of src[begin:end, f]; the first NaN where there is one.
-template <class S, bool Largest>
-void extreme_of(const SegmentExtreme& a, int64_t begin, int64_t end, void* value, int64_t* arg) {
-  constexpr int kWidth = 4 * vec<Acc<S>>::lanes;
+// Width features from f on:
+template <class S, bool Largest, int Width>
+GEO_INLINE void extreme_columns(const SegmentExtreme& a, int64_t begin, int64_t end, int64_t f, S* value, int64_t* arg) {
   typedef Acc<S> T;
   const S* src = static_cast<const S*>(a.src);
-  S* to = static_cast<S*>(value);
   const int64_t num = a.num_features;
+  T best[Width];
+  int32_t at[Width];  // relative to begin: a segment or piece has fewer than 2 * kHubChunk edges
+  const S* row = src + begin * num + f;
+  for (int j = 0; j < Width; ++j) {
+    best[j] = widen(row[j]);
+    at[j] = 0;
+  }
+  for (int64_t k = 1; k < end - begin; ++k) {
+    row += num;
+    GEO_UNROLL(1) for (int j = 0; j < Width; ++j) {
+      const T v = widen(row[j]);
+      const bool better = ((Largest ? v > best[j] : v < best[j]) | (v != v)) & (best[j] == best[j]);
+      best[j] = better ? v : best[j];
+      at[j] = better ? int32_t(k) : at[j];
+    }
+  }
+  for (int j = 0; j < Width; ++j) {
+    value[f + j] = src[(begin + at[j]) * num + f + j];
+    arg[f + j] = begin + at[j];
+  }
+}
+template <class S, bool Largest>
+void extreme_of(const SegmentExtreme& a, int64_t begin, int64_t end, void* value, int64_t* arg) {
+  constexpr int L = vec<Acc<S>>::lanes;
+  S* to = static_cast<S*>(value);
   int64_t f = 0;
-  for (; f + kWidth <= num; f += kWidth) {
-    T best[kWidth];
-    int32_t at[kWidth];  // relative to begin: a segment or piece has fewer than 2^31 edges on this path
-    const S* row = src + begin * num + f;
-    for (int j = 0; j < kWidth; ++j) {
-      best[j] = widen(row[j]);
-      at[j] = 0;
-    }
-    for (int64_t k = 1; k < end - begin; ++k) {
-      row += num;
-      for (int j = 0; j < kWidth; ++j) {
-        const T v = widen(row[j]);
-        const bool better = ((Largest ? v > best[j] : v < best[j]) | (v != v)) & (best[j] == best[j]);
-        best[j] = better ? v : best[j];
-        at[j] = better ? int32_t(k) : at[j];
-      }
-    }
-    for (int j = 0; j < kWidth; ++j) {
-      to[f + j] = src[(begin + at[j]) * num + f + j];
-      arg[f + j] = begin + at[j];
-    }
-  }
-  for (; f < num; ++f) {
-    T best = widen(src[begin * num + f]);
-    int64_t at = begin;
-    for (int64_t k = begin + 1; k < end; ++k) {
-      const T v = widen(src[k * num + f]);
-      if (((Largest ? v > best : v < best) | (v != v)) & (best == best)) {
-        best = v;
-        at = k;
-      }
-    }
-    to[f] = src[at * num + f];
-    arg[f] = at;
-  }
+  for (; f + 4 * L <= a.num_features; f += 4 * L) extreme_columns<S, Largest, 4 * L>(a, begin, end, f, to, arg);
+  for (; f + L <= a.num_features; f += L) extreme_columns<S, Largest, L>(a, begin, end, f, to, arg);
+  for (; f < a.num_features; ++f) extreme_columns<S, Largest, 1>(a, begin, end, f, to, arg);
 }
 template <class S>
 void extreme(const SegmentExtreme& a, int64_t begin, int64_t end, void* value, int64_t* arg) {
