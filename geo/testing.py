@@ -15,10 +15,13 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+
+from geo import o3
 
 __all__ = [
     "TOLERANCES",
@@ -79,19 +82,17 @@ def assert_close(actual: Any, expected: Any, factor: float = 1.0, msg: str = "")
             rtol=rtol,
             atol=atol,
             equal_nan=True,
-            msg=lambda text, i=i: f"{msg or 'assert_close'} [output {i}]: {text}",
+            msg=partial("{} [output {}]: {}".format, msg or "assert_close", i),
         )
 
 
 def random_rotations(num: int, dim: int = 3, reflect: bool = False, seed: int = 0) -> Tensor:
     """Haar-distributed rotations, or with ``reflect`` their negative-determinant kin, float64 [num, dim, dim]."""
     generator = torch.Generator().manual_seed(seed)
-    q, r = torch.linalg.qr(torch.randn(num, dim, dim, dtype=torch.float64, generator=generator))
-    q = q * torch.sign(torch.diagonal(r, dim1=-2, dim2=-1)).unsqueeze(-2)
-    wrong = torch.linalg.det(q) * (-1.0 if reflect else 1.0) < 0
-    flip = torch.ones(num, dim, dtype=torch.float64)
-    flip[wrong, 0] = -1.0
-    return q * flip.unsqueeze(-2)
+    rotations = o3.random_rotations(num, dim, torch.float64, generator=generator)
+    if reflect:
+        rotations[:, 0] *= -1
+    return rotations
 
 
 def _elements(group: Group | Tensor, num: int, seed: int) -> Tensor:
@@ -101,11 +102,9 @@ def _elements(group: Group | Tensor, num: int, seed: int) -> Tensor:
         raise ValueError(f"group={group!r} is not one of 'SO2', 'O2', 'SO3', 'O3' or a tensor of matrices [k, n, n]")
     dim = int(group[-1])
     proper = random_rotations(num, dim, seed=seed)
-    return (
-        proper
-        if group.startswith("S")
-        else torch.cat([proper, random_rotations(num, dim, reflect=True, seed=seed + 1)])
-    )
+    if group.startswith("S"):
+        return proper
+    return torch.cat([proper, random_rotations(num, dim, reflect=True, seed=seed + 1)])
 
 
 def _act(value: Tensor, rep: Rep, rotation: Tensor, shift: Tensor) -> Tensor:
@@ -113,11 +112,12 @@ def _act(value: Tensor, rep: Rep, rotation: Tensor, shift: Tensor) -> Tensor:
         return value
     if rep == "pseudoscalar":
         return value * torch.linalg.det(rotation).sign().to(value)
-    turned = value.to(torch.float64) @ rotation.T.to(value.device)
+    turned: Tensor = value.to(torch.float64) @ rotation.T.to(value.device)
     if rep == "vector":
         return turned.to(value.dtype)
     if rep == "point":
-        return (turned + shift.to(value.device)).to(value.dtype)
+        turned = turned + shift.to(value.device)
+        return turned.to(value.dtype)
     raise ValueError(f"rep={rep!r} is not one of 'scalar', 'pseudoscalar', 'vector', 'point'")
 
 
@@ -193,7 +193,7 @@ def assert_permutation_equivariant(
             permuted[key] = value[node]
         elif isinstance(value, Tensor) and edge.numel() and data.is_edge_attr(key):
             permuted[key] = value[edge]
-    order = {"node": node, "edge": edge, "graph": slice(None)}[level]
+    order: Tensor | slice = {"node": node, "edge": edge}.get(level, slice(None))
     expected = [t[order] for t in _tensors(fn(data))]
     assert_close(_tensors(fn(permuted)), expected, factor, f"permutation of nodes and edges, level={level!r}")
 

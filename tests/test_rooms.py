@@ -27,7 +27,7 @@ LAWS: dict[str, tuple[set[str], set[str]]] = {
     "geo/atoms.py": (BELOW, {"torch", "torch_geometric", "numpy", "ase"}),
     "geo/training.py": (BELOW | {"geo.atoms"}, {"torch", "torch_geometric", "numpy", "lightning"}),
     "geo/bench": (BELOW | {"geo.bench", "geo._native", "geo.testing"}, {"torch", "torch_geometric", "numpy"}),
-    "geo/testing.py": (set(), {"torch"}),
+    "geo/testing.py": ({"geo.o3"}, {"torch"}),
     "geo/__init__.py": ({"geo.ops", "geo._native"}, set()),
     "geo/__main__.py": ({"geo", "geo.bench"}, set()),
 }
