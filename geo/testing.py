@@ -111,7 +111,8 @@ def _act(value: Tensor, rep: Rep, rotation: Tensor, shift: Tensor) -> Tensor:
     if rep == "scalar":
         return value
     if rep == "pseudoscalar":
-        return value * torch.linalg.det(rotation).sign().to(value)
+        sign: Tensor = torch.linalg.det(rotation).sign()
+        return value * sign.to(value)
     turned: Tensor = value.to(torch.float64) @ rotation.T.to(value.device)
     if rep == "vector":
         return turned.to(value.dtype)
