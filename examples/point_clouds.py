@@ -146,6 +146,9 @@ def main(argv: list[str] | None = None) -> list[list[object]]:
     for name in names:
         torch.manual_seed(args.seed)
         model = PointNet(args) if name == "pointnet" else Digits(args, name)
+        if isinstance(model, Digits):
+            # Kernels scaled so that each layer keeps the spread of its inputs: it learns faster.
+            model.net.calibrate(next(iter(DataLoader(train, batch_size=100))))
         size = sum(p.numel() for p in model.parameters())
         print(f"\n{MODELS[name]}: {size:,} parameters")
         module = Supervised(model, cross_entropy, {"accuracy": accuracy}, lr=args.lr, ema=0.98)
