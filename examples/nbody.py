@@ -81,21 +81,26 @@ class Displacement(nn.Module):
             layer_scale=1e-6 if args.paper else None,
             rotate="train" if num_ori else None,
         )
-        self.edges: dict[int, tuple[Tensor, Tensor]] = {}
+        self.edges: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
+
+    def inputs(self, batch: Any) -> dict[str, Any]:
+        """What the network takes of a batch."""
+        key = batch.num_graphs, batch.pos.device
+        if key not in self.edges:
+            self.edges[key] = pairs(*key)
+        edge_index, graph = self.edges[key]
+        arguments = {"pos": batch.pos, "edge_index": edge_index, "batch": graph, "batch_size": batch.num_graphs}
+        if self.num_ori:
+            return {"x": batch.charge, "vec": batch.vel.unsqueeze(1), **arguments}
+        return {"x": torch.cat([batch.charge, batch.vel.norm(dim=-1, keepdim=True)], dim=-1), **arguments}
 
     def forward(self, batch: Any) -> Tensor:
-        if batch.num_graphs not in self.edges:
-            self.edges[batch.num_graphs] = pairs(batch.num_graphs, batch.pos.device)
-        edge_index, graph = self.edges[batch.num_graphs]
+        scalar, vector = self.net(**self.inputs(batch))
         if self.num_ori:
-            vec = batch.vel.unsqueeze(1)
-            _, out = self.net(batch.charge, batch.pos, edge_index, graph, vec=vec, batch_size=batch.num_graphs)
-            return batch.pos + out.squeeze(1)
-        x = torch.cat([batch.charge, batch.vel.norm(dim=-1, keepdim=True)], dim=-1)
-        out, _ = self.net(x, batch.pos, edge_index, graph, batch_size=batch.num_graphs)
+            return batch.pos + vector.squeeze(1)
         # The only vectors at hand are the velocity and the place in the group.
         centre = batch.pos.view(-1, 5, 3).mean(dim=1).repeat_interleave(5, dim=0)
-        return batch.pos + out[:, :1] * batch.vel + out[:, 1:] * (batch.pos - centre)
+        return batch.pos + scalar[:, :1] * batch.vel + scalar[:, 1:] * (batch.pos - centre)
 
 
 class Line(nn.Module):
@@ -164,6 +169,8 @@ def main(argv: list[str] | None = None) -> list[list[object]]:
             model = Line(next(iter(Batches(parts["train"], len(parts["train"]), False))))
         else:
             model = Displacement(args, args.num_ori if name == "ponita" else 0)
+            # Kernels scaled so that each layer keeps the spread of its inputs.
+            model.net.calibrate(model.inputs(next(iter(Batches(parts["train"], 200, False)))))
             if args.compile:
                 model.net.compile(mode="reduce-overhead" if torch.cuda.is_available() else "default")
         module = Supervised(model, mse, {"mse": mse}, lr=args.lr, warmup=0.001 if args.paper else 0.02)
@@ -184,7 +191,8 @@ def main(argv: list[str] | None = None) -> list[list[object]]:
             curves[MODELS[name]] = read_log(args.out / name, "val_mse")
         module.eval()
         with torch.no_grad():
-            errors = [(mse(module(batch), batch), batch.num_graphs) for batch in loaders["test"]]
+            batches = (batch.to(module.device) for batch in loaders["test"])
+            errors = [(mse(module(batch), batch), batch.num_graphs) for batch in batches]
         error = float(sum(value * size for value, size in errors) / sum(size for _, size in errors))
         rows.append([MODELS[name], error, epochs, "this run"])
     rows += [[name, value, 10_000, "paper"] for name, value in PAPER.items()]
