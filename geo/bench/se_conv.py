@@ -43,6 +43,9 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--orientations", type=int, default=16)
     parser.add_argument("--channels", type=int, default=64)
     parser.add_argument("--basis", type=int, default=64, help="width of the kernel basis")
+    parser.add_argument(
+        "--order", choices=["receiver", "random"], default="receiver", help="of the edges; AddRadiusGraph's is receiver"
+    )
     parser.add_argument("--dtype", choices=list(DTYPES), default="float32")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=7, help="turns of each candidate")
@@ -60,8 +63,8 @@ def main(argv: Sequence[str]) -> int:
         return 0
     print(
         f"## se_conv, {datetime.date.today().isoformat()}\n\n{args.dtype}, E = {args.edges}, N = {args.nodes}, "
-        f"O = {args.orientations}, C = {args.channels}, B = {args.basis}. Median {args.clock} ms (first to last "
-        f"decile) of {args.rounds * args.calls} calls, interleaved in {args.rounds} rounds. "
+        f"O = {args.orientations}, C = {args.channels}, B = {args.basis}, edges in {args.order} order. "
+        f"Median {args.clock} ms (first to last decile) of {args.rounds * args.calls} calls, interleaved in {args.rounds} rounds. "
         "'x' is the composed time over ours; memory is the peak beyond inputs and results.",
         flush=True,
     )
@@ -115,7 +118,10 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     def tensor(*size: int) -> Tensor:
         return torch.randn(*size).to(device, dtype)
 
-    edge_index = torch.randint(num_nodes, (2, args.edges)).to(device)
+    edge_index = torch.randint(num_nodes, (2, args.edges))
+    if args.order == "receiver":
+        edge_index = edge_index[:, edge_index[1].argsort()]
+    edge_index = edge_index.to(device)
     plan = SegmentPlan.from_edge_index(edge_index, num_nodes)
     x, g = tensor(num_nodes, num_ori, channels), tensor(num_nodes, num_ori, channels)
     weight = tensor(args.edges, num_ori, channels)

@@ -231,7 +231,9 @@ class PoniConv(nn.Module):
         out = self.spatial(x, kernel_basis, weight, self_basis, plan)
         if fiber_basis is not None and self.separable:
             out = self.fiber(out, fiber_basis, weight)
-        return out if self.bias is None else out + self.bias
+        if self.bias is None:
+            return out
+        return out.add_(self.bias) if out.dtype == self.bias.dtype else out + self.bias  # out is nobody else's
 
     def plan(self, edge_index: Tensor, num_nodes: int, num_ori: int) -> SegmentPlan:
         """The order of the sum, which layers of one kind share: of edges, or of pairs of (position, orientation)."""
