@@ -64,8 +64,9 @@ def main(argv: Sequence[str]) -> int:
     print(
         f"## se_conv, {datetime.date.today().isoformat()}\n\n{args.dtype}, E = {args.edges}, N = {args.nodes}, "
         f"O = {args.orientations}, C = {args.channels}, B = {args.basis}, edges in {args.order} order. "
-        f"Median {args.clock} ms (first to last decile) of {args.rounds * args.calls} calls, interleaved in {args.rounds} rounds. "
-        "'x' is the composed time over ours; memory is the peak beyond inputs and results.",
+        f"Median {args.clock} ms (first to last decile) of {args.rounds * args.calls} calls, "
+        f"interleaved in {args.rounds} rounds. 'x' is the composed time over ours; "
+        "memory is the peak beyond inputs and results.",
         flush=True,
     )
     settings: list[tuple[str, dict[str, str]]] = (
