@@ -14,13 +14,12 @@ if __name__ == "datasets":
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from geo.datasets.digit_points import DigitPoints
-    from geo.datasets.modelnet10_points import ModelNet10Points
-    from geo.datasets.nbody import NBody
-
     from geo.datasets.cache import DamagedFileError
+    from geo.datasets.digit_points import DigitPoints
     from geo.datasets.force_field import ForceField
+    from geo.datasets.modelnet10_points import ModelNet10Points
     from geo.datasets.molecules import MoleculeDataset, energy_shift
+    from geo.datasets.nbody import NBody
     from geo.datasets.xtb_trajectory import XTBTrajectory
 
 _HOME = {
