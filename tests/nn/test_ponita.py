@@ -251,8 +251,12 @@ def test_mirror_images():
     """Separable kernels are blind to them but for the grid's error; 'chiral' and SE(3) tell them apart."""
     gaps = []
     for num_ori in (6, 16, 48):
-        torch.manual_seed(0)
-        gaps.append(enantiomer_gap(build("no window", num_ori=num_ori, in_vec=0, out_vec=0, layer_scale=None)))
+        seeds = []
+        for seed in range(5):  # one draw of weights says little about a trend: the median of five does
+            torch.manual_seed(seed)
+            model = build("no window", num_ori=num_ori, in_vec=0, out_vec=0, layer_scale=None)
+            seeds.append(enantiomer_gap(model))
+        gaps.append(statistics.median(seeds))
     assert gaps[2] < 1e-3
     assert gaps[0] > gaps[1] > gaps[2]
     # The full kernel: with 'chiral' the gap is the same on all grids (degree 1: at random weights the sign of a volume
