@@ -62,7 +62,7 @@ def _load(kind: str) -> None:
         try:
             torch.ops.load_library(str(path))
             note = f" ({_read_simd_level(path)})" if kind == "cpu" else ""
-        except Exception as err:  # noqa: BLE001  wrong torch, missing symbol, damaged file
+        except (OSError, RuntimeError, AttributeError) as err:  # damaged file, wrong torch, missing symbol
             why = err.__cause__ or err  # torch hides the loader's own message in __cause__
             _STATUS[kind] = f"failed: {path}: {why}"
             warnings.warn(f"geo: cannot load {path}, using the plain-PyTorch kernels instead: {why}", stacklevel=2)
