@@ -42,7 +42,7 @@ def out_of_range(op: str, name: str, position: int, value: int, low: int, high: 
 
 def check_index(op: str, name: str, index: Tensor, size: int) -> None:
     """Raise IndexError unless every entry of ``index`` lies in [0, size)."""
-    if not _reads_values(index):
+    if not reads_values(index):
         return
     bad = (index < 0) | (index >= size)
     if bool(bad.any()):
@@ -52,7 +52,7 @@ def check_index(op: str, name: str, index: Tensor, size: int) -> None:
 
 def check_ptr(op: str, ptr: Tensor, num_edges: int) -> None:
     """Raise IndexError unless ``ptr`` rises from 0 to ``num_edges``."""
-    if not _reads_values(ptr):
+    if not reads_values(ptr):
         return
     low = torch.cat([ptr.new_zeros(1), ptr[:-1].clamp(0, num_edges)])
     high = torch.full_like(ptr, num_edges)
@@ -87,12 +87,12 @@ def call(name: str, op: Any, args: Sequence[Any], checks: Sequence[tuple[str, Te
             raise IndexError(f"{name}: {found[0]}") from None
         raise
     first = next(arg for arg in args if isinstance(arg, Tensor))
-    if first.is_cuda and _reads_values(first):
+    if first.is_cuda and reads_values(first):
         _read_flag(name, first, checks)
     return out
 
 
-def _reads_values(like: Tensor) -> bool:
+def reads_values(like: Tensor) -> bool:
     """Whether values may be looked at now: always on the CPU, on CUDA unless that was switched off or is captured."""
     return not like.is_cuda or (_checked and not torch.cuda.is_current_stream_capturing())
 

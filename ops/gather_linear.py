@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from geo.ops import bounds
-from geo.ops.gather_mul import check_one_device, check_sources
+from geo.ops.gather_mul import check_one_device, check_sources, promote, resolve, widen
 from geo.ops.plan import SegmentPlan, complete, index_from_csr
 from geo.ops.registration import define
 
@@ -61,8 +61,7 @@ def gather_linear_mul_segment_sum(
         out: [N, O, C], in the promoted dtype of ``x``, ``basis`` and ``weight``; 16-bit types accumulate in float32.
 
     Raises:
-        ValueError: Shapes that do not fit together, or not exactly one of ``plan`` and (``src_index``, ``ptr``).
-        TypeError: Tensors that are not floating point, or indices that are not int64.
+        ValueError: A wrong shape, dtype or device, or not exactly one of ``plan`` and ``ptr``.
         IndexError: An index or ``ptr`` out of bounds.
 
     Example:
@@ -74,21 +73,15 @@ def gather_linear_mul_segment_sum(
         >>> gather_linear_mul_segment_sum(x, basis, weight, plan=plan).shape
         torch.Size([3, 4, 5])
     """
-    dst_index, t_ptr, t_perm = None, None, None
-    if plan is not None:
-        if src_index is not None or ptr is not None or edge_perm is not None:
-            raise ValueError(f"{_NAME}: give either plan or src_index, ptr and edge_perm, not both")
-        src_index, ptr, edge_perm, dst_index = plan.src_index, plan.ptr, plan.perm, plan.index
-    if src_index is None or ptr is None:
-        raise ValueError(f"{_NAME}: needs src_index and ptr, or a plan that was built with src_index")
-    _check_arguments(x, basis, weight, src_index, ptr, edge_perm)
-    check_one_device(_NAME, x=x, basis=basis, weight=weight, src_index=src_index, ptr=ptr)
+    src_index, dst_index, ptr, edge_perm = resolve(_NAME, src_index, ptr, edge_perm, plan)
+    _check_shapes_fit(x, basis, weight, src_index)
+    check_one_device(_NAME, x=x, basis=basis, weight=weight, src_index=src_index)
+    x, basis, weight = promote(x, basis, weight)
+    t_ptr = t_perm = None
     if plan is not None:
         check_sources(_NAME, plan, x)
         if torch.is_grad_enabled() and (x.requires_grad or basis.requires_grad or weight.requires_grad):
             t_ptr, t_perm = plan.t_ptr, plan.t_perm
-    dtype = torch.promote_types(torch.promote_types(x.dtype, basis.dtype), weight.dtype)
-    x, basis, weight = x.to(dtype), basis.to(dtype), weight.to(dtype)
     num_edges = basis.size(0)
     checks = (
         ("src_index", src_index, x.size(0) - 1),
@@ -101,41 +94,25 @@ def gather_linear_mul_segment_sum(
     return out
 
 
-def _check_arguments(x: Tensor, basis: Tensor, weight: Tensor, src: Tensor, ptr: Tensor, perm: Tensor | None) -> None:
+def _check_shapes_fit(x: Tensor, basis: Tensor, weight: Tensor, src_index: Tensor) -> None:
     for name, tensor, dims, layout in (
         ("x", x, 3, "[M, O, C]"),
         ("basis", basis, 3, "[E, O, B] or [E, 1, B]"),
         ("weight", weight, 2, "[C, B]"),
     ):
         if tensor.dim() != dims:
-            raise ValueError(f"{name}: expected {layout}, got shape {list(tensor.shape)}")
-        if not tensor.is_floating_point():
-            raise TypeError(f"{name}: expected a floating-point tensor, got {tensor.dtype}")
-    for name, index in (("src_index", src), ("ptr", ptr), ("edge_perm", perm)):
-        if index is None:
-            continue
-        if index.dtype != torch.int64:
-            raise TypeError(f"{name}: expected int64, got {index.dtype}")
-        if index.dim() != 1:
-            raise ValueError(f"{name}: expected one axis, got shape {list(index.shape)}")
-    if basis.size(1) != x.size(1) and basis.size(1) != 1:
-        raise ValueError(f"basis: axis 1 has size {basis.size(1)}, expected that of x ({x.size(1)}) or 1")
-    if weight.size(0) != x.size(2):
-        raise ValueError(f"weight: expected [C, B] with C = {x.size(2)} channels of x, got shape {list(weight.shape)}")
-    if weight.size(1) != basis.size(2):
+            raise ValueError(f"{_NAME}: {name} must be {layout}, got shape {list(tensor.shape)}")
+    if basis.size(1) not in (x.size(1), 1):
+        raise ValueError(f"{_NAME}: axis 1 of basis must have the size of x's ({x.size(1)}) or 1, got {basis.size(1)}")
+    if weight.size(0) != x.size(2) or weight.size(1) != basis.size(2):
         raise ValueError(
-            f"weight: expected [C, B] with B = {basis.size(2)} as in basis, got shape {list(weight.shape)}"
+            f"{_NAME}: weight must be [C, B] with the C = {x.size(2)} channels of x and the B = {basis.size(2)} "
+            f"functions of basis, got {list(weight.shape)}"
         )
-    if src.size(0) != basis.size(0):
+    if src_index.size(0) != basis.size(0):
         raise ValueError(
-            f"src_index: expected one entry for each of the {basis.size(0)} rows of basis, got {src.size(0)}"
+            f"{_NAME}: src_index must have one entry per row of basis ({basis.size(0)}), got {src_index.size(0)}"
         )
-    if perm is not None and perm.size(0) != basis.size(0):
-        raise ValueError(
-            f"edge_perm: expected one entry for each of the {basis.size(0)} rows of basis, got {perm.size(0)}"
-        )
-    if ptr.size(0) < 1:
-        raise ValueError("ptr: expected N + 1 entries from 0 to the number of edges, got none")
 
 
 # -- plain PyTorch -----------------------------------------------------------------------------------------------------
@@ -150,15 +127,12 @@ def gather_linear_mul_segment_sum_reference(
     plan: SegmentPlan | None = None,
 ) -> Tensor:
     """:func:`gather_linear_mul_segment_sum` composed of PyTorch ops: the specification, also under torch.func."""
-    dst_index = None
-    if plan is not None:
-        src_index, ptr, edge_perm, dst_index = plan.src_index, plan.ptr, plan.perm, plan.index
-    if src_index is None or ptr is None:
-        raise ValueError(f"{_NAME}_reference: needs src_index and ptr, or a plan that was built with src_index")
+    src_index, dst_index, ptr, edge_perm = resolve(_NAME, src_index, ptr, edge_perm, plan)
     if dst_index is None:
         dst_index = index_from_csr(ptr, edge_perm, basis.size(0))
-    dtype = torch.promote_types(torch.promote_types(x.dtype, basis.dtype), weight.dtype)
-    x, basis, weight = _wide(x, dtype), _wide(basis, dtype), _wide(weight, dtype)
+    x, basis, weight = promote(x, basis, weight)
+    dtype = x.dtype
+    x, basis, weight = widen(x), widen(basis), widen(weight)
     message = x.index_select(0, src_index) * (basis @ weight.t())
     out = message.new_zeros((ptr.size(0) - 1, x.size(1), x.size(2))).index_add(0, dst_index, message)
     return out.to(dtype)
@@ -201,7 +175,7 @@ def _grad_kernel(
     bounds.check_index("gather_linear_mul_grad", "src_index", src_index, x.size(0))
     bounds.check_index("gather_linear_mul_grad", "dst_index", dst_index, g.size(0))
     dtype = x.dtype
-    x, g, basis, weight = (_wide(tensor, dtype) for tensor in (x, g, basis, weight))
+    x, g, basis, weight = widen(x), widen(g), widen(basis), widen(weight)
     dx, dbasis, dweight = x.new_empty(0), x.new_empty(0), x.new_empty(0)
     g_edge = g.index_select(0, dst_index)
     if need_x:
@@ -216,10 +190,6 @@ def _grad_kernel(
         if need_weight:
             dweight = product.flatten(0, 1).t() @ basis.flatten(0, 1)
     return dx.to(dtype), dbasis.to(dtype), dweight.to(dtype)
-
-
-def _wide(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    return tensor.to(torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype)
 
 
 # -- shapes ------------------------------------------------------------------------------------------------------------

@@ -133,10 +133,9 @@ def resolve(
     """``(src_index, dst_index, ptr, edge_perm)`` from the arguments or, where they are None, from the plan."""
     dst_index = None
     if plan is not None:
-        if ptr is not None or edge_perm is not None:
-            raise ValueError(f"{op}: give either plan or ptr and edge_perm, not both")
-        src_index = plan.src_index if src_index is None else src_index
-        dst_index, ptr, edge_perm = plan.index, plan.ptr, plan.perm
+        if src_index is not None or ptr is not None or edge_perm is not None:
+            raise ValueError(f"{op}: give either plan or src_index, ptr and edge_perm, not both")
+        src_index, dst_index, ptr, edge_perm = plan.src_index, plan.index, plan.ptr, plan.perm
     if src_index is None or ptr is None:
         raise ValueError(f"{op}: needs src_index and ptr, or a plan that was built with src_index")
     check_index_tensor(op, "src_index", src_index)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,6 +12,9 @@ from torch import Tensor, nn
 
 from geo.nn.activations import activation
 from geo.ops import gelu
+
+_ENOUGH = 20000  # rows of a sample that calibration looks at: monomials of many invariants are wide
+_SMALLEST = 1e-6  # of the eigenvalues of the monomials' correlation matrix: float32 tells no smaller from zero
 
 
 def polynomial_features(x: Tensor, degree: int) -> Tensor:
@@ -54,6 +58,27 @@ def radial_window(dist: Tensor, r_max: float, p: int = 6) -> Tensor:
     x = (dist / r_max).clamp(max=1.0)
     value = 1 - x**p * ((p + 1) * (p + 2) / 2 - x * (p * (p + 2) - x * (p * (p + 1) / 2)))
     return torch.where(dist < r_max, value, torch.zeros_like(value))
+
+
+def all_reduce(total: Tensor) -> Tensor:
+    """Sum over the ranks of ``torch.distributed``, where that is initialised."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(total)
+    return total
+
+
+def _moments(rows: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Weighted mean and covariance of rows, over all parts and ranks."""
+    total = all_reduce(torch.stack([torch.cat((share.sum().view(1), (x * share).sum(0))) for x, share in rows]).sum(0))
+    mean = total[1:] / total[0].clamp(min=1e-300)
+    spread = all_reduce(torch.stack([((x - mean) * share).t() @ (x - mean) for x, share in rows]).sum(0))
+    return mean, spread / total[0].clamp(min=1e-300)
+
+
+def _to_unit_spread(weight: Tensor, covariance: Tensor) -> Tensor:
+    """Rows scaled so that ``weight @ x`` has standard deviation one."""
+    spread = ((weight @ covariance) * weight).sum(1, keepdim=True).clamp(min=0).sqrt()
+    return torch.where(spread > 0, weight / spread.clamp(min=1e-300), weight)
 
 
 def _per_edge(scale: Tensor, out: Tensor) -> Tensor:
@@ -188,13 +213,63 @@ class KernelBasis(nn.Module):
         self.lin1.reset_parameters()
         self.lin2.reset_parameters()
 
+    @torch.no_grad()
+    def calibrate(self, samples: Sequence[tuple[Tensor, Tensor | None]]) -> KernelBasis:
+        """Turns the drawn weights so that the functions start as varied as the invariants are, whatever their unit.
+
+        Monomials of one variable are nearly multiples of each other: a hidden unit on freshly drawn weights follows the
+        largest of them, and the functions start almost equal. Here hidden units become random directions of the
+        *whitened* monomials, with a standard deviation of one and means in [-1, 1]; so do functions before the last
+        activation. Weights that were trained would be lost: call it once, before.
+
+        Args:
+            samples: Pairs of invariants :math:`(E, *, d)` and weights :math:`(E)`, ``None`` for ones. With
+                ``torch.distributed`` initialised the samples of all ranks count, and ranks end with equal weights.
+
+        Returns:
+            The basis, unchanged if the samples do not vary.
+        """
+        rows = []
+        for attr, weight in samples:
+            share = attr.new_ones(attr.size(0)) if weight is None else weight
+            share = share.repeat_interleave(math.prod(attr.shape[1:-1])).double()
+            flat = attr.flatten(0, -2).double()
+            if len(flat) > _ENOUGH:
+                chosen = torch.randperm(len(flat), generator=torch.Generator().manual_seed(0))[:_ENOUGH].to(flat.device)
+                flat, share = flat[chosen], share[chosen] * (len(flat) / _ENOUGH)
+            rows.append((polynomial_features(flat, self.degree), share.unsqueeze(1)))
+        mean, covariance = _moments(rows)
+        scale = covariance.diagonal().clamp(min=0).sqrt()
+        if not bool((scale > 0).any()):
+            return self
+        inverse = torch.where(scale > 1e-9 * scale.max(), 1 / scale.clamp(min=1e-300), torch.zeros_like(scale))
+        values, vectors = torch.linalg.eigh(inverse.unsqueeze(1) * covariance * inverse)
+        kept = torch.where(values > _SMALLEST, values.clamp(min=_SMALLEST).rsqrt(), torch.zeros_like(values))
+        whitening = (vectors * kept) @ vectors.t() * inverse
+        w1, b1, w2, b2 = (p.double() for p in (self.lin1.weight, self.lin1.bias, self.lin2.weight, self.lin2.bias))
+        # nn.Linear draws biases from +-1 / sqrt(fan-in): these are uniform in [-1, 1].
+        w1 = _to_unit_spread(w1 @ whitening, covariance)
+        b1 = b1 * math.sqrt(w1.size(1)) - w1 @ mean
+        hidden = [(self.act(F.linear(features, w1, b1)), share) for features, share in rows]
+        mean, covariance = _moments(hidden)
+        w2 = _to_unit_spread(w2, covariance)
+        b2 = b2 * math.sqrt(w2.size(1)) / 2 - w2 @ mean
+        for parameter, value in zip(self.parameters(), (w1, b1, w2, b2), strict=True):
+            parameter.copy_(value)
+        return self
+
+    def window(self, dist: Tensor | None, scale: Tensor | None = None) -> Tensor | None:
+        """The factor of each edge, :func:`radial_window` times ``scale``; ``None`` if there is neither."""
+        if self.r_max is None:
+            return scale
+        if dist is None:
+            raise ValueError(f"dist is needed for the window that ends at r_max={self.r_max}")
+        window = radial_window(dist, self.r_max, self.p)
+        return window if scale is None else window * scale
+
     def forward(self, attr: Tensor, dist: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
         """Basis of each row of ``attr``; ``dist`` feeds the window and ``scale`` is one more factor per edge."""
-        if self.r_max is not None:
-            if dist is None:
-                raise ValueError(f"dist is needed for the window that ends at r_max={self.r_max}")
-            window = radial_window(dist, self.r_max, self.p)
-            scale = window if scale is None else window * scale
+        scale = self.window(dist, scale)
         if self.act is gelu and _fixed(attr, scale):
             weights = (self.lin1.weight, self.lin1.bias, self.lin2.weight, self.lin2.bias)
             tiled: Tensor = _TiledBasis.apply(attr, scale, *weights, self.degree)  # type: ignore[no-untyped-call]

@@ -35,6 +35,17 @@ class _Graph(NamedTuple):
     rotation: Tensor | None
 
 
+class _Invariants(NamedTuple):
+    """What the bases are functions of: invariants of edges, of a node with itself and of pairs of orientations."""
+
+    attr: Tensor
+    dist: Tensor | None
+    scale: Tensor | None
+    zero: Tensor
+    fiber_attr: Tensor | None
+    rotation: Tensor | None
+
+
 class PONITA(nn.Module):
     r"""Network of SE(n) weight-sharing convolutions on functions of position and orientation.
 
@@ -251,7 +262,7 @@ class PONITA(nn.Module):
             IndexError: A node or graph that does not exist.
         """
         inputs = flat_inputs(self._expected(), x, pos, edge_index, batch, vec, ori, mask, edge_shift, batch_size)
-        graph = self._graph(inputs)
+        graph = self._graph(inputs, self._invariants(inputs))
         h = self._embed(inputs, graph)
         hidden = []
         for block in self.blocks:
@@ -348,11 +359,13 @@ class PONITA(nn.Module):
 
     @torch.no_grad()
     def calibrate(self, data: Any) -> PONITA:
-        """Scales the kernels, layer by layer, so that convolutions keep the spread of their inputs.
+        """Turns the freshly drawn weights into a start that learns fast; call it once, before training.
 
-        One pass without gradients; every layer sees inputs that went through the calibrated layers before it. The
-        official code does this on the first training batch, unasked, after the batch was used; here it is a call.
-        With ``torch.distributed`` initialised all ranks share their statistics and end with the same weights.
+        First the bases: their functions become as varied as the invariants of the data are (:meth:`KernelBasis.
+        calibrate`), whatever the unit of length. Then the kernels are scaled, layer by layer, so that convolutions keep
+        the spread of their inputs; every layer sees inputs that went through the calibrated layers before it. The
+        official code does the second alone, on the first training batch, unasked, after the batch was used; here it is
+        a call. With ``torch.distributed`` initialised all ranks share their statistics and end with the same weights.
 
         Args:
             data: A batch, or an iterable of batches: a PyG ``Data`` or a mapping whose entries are named like the
@@ -365,7 +378,9 @@ class PONITA(nn.Module):
             ValueError: No batch, or one that lacks ``x`` or ``pos``.
         """
         inputs = [flat_inputs(self._expected(), **arguments) for arguments in batch_arguments(data)]
-        graphs = [self._graph(i) for i in inputs]
+        found = [self._invariants(i) for i in inputs]
+        self._calibrate_bases(inputs, found)
+        graphs = [self._graph(i, f) for i, f in zip(inputs, found, strict=True)]
         hidden = [self._embed(i, g) for i, g in zip(inputs, graphs, strict=True)]
         for block in self.blocks:
             conv = block.conv
@@ -433,7 +448,7 @@ class PONITA(nn.Module):
         frames = self.space == f"SE{self.dim}"
         return Expected(self.in_channels, self.in_vec, self.dim, self.num_ori, frames, weight.dtype, weight.device)
 
-    def _graph(self, inputs: Inputs) -> _Graph:
+    def _invariants(self, inputs: Inputs) -> _Invariants:
         x, pos, edge_index, batch = inputs.x, inputs.pos, inputs.edge_index, inputs.batch
         source, target = edge_index[0], edge_index[1]
         r = pos[source] - pos[target]
@@ -458,7 +473,7 @@ class PONITA(nn.Module):
         if self.length_scale != 1.0:
             r = r / self.length_scale
 
-        fiber_basis, weight = None, None
+        fiber_attr = None
         kind = "universal" if self.num_ori == 0 else self.invariants
         if self.grid is None:
             if inputs.ori is None:
@@ -468,18 +483,36 @@ class PONITA(nn.Module):
             zero = zero_invariants(self.space, None, kind, like=r)
         else:
             grid = self.grid.ori.to(r.dtype)
-            weight = self.grid.weight.to(r.dtype)
             attr, fiber_attr = grid_invariants_from_vectors(self.space, r, grid, kind, self.separable)
             zero = zero_invariants(self.space, grid, kind, self.separable)
-            if self.fiber_basis is not None and fiber_attr is not None:
-                fiber_basis = self.fiber_basis(fiber_attr)
-        kernel_basis = self.kernel_basis(attr, dist, scale)
-        self_basis = self.kernel_basis(zero, None if dist is None else dist.new_zeros(1)) if self.self_loops else None
+        return _Invariants(attr, dist, scale, zero, fiber_attr, rotation)
+
+    def _graph(self, inputs: Inputs, found: _Invariants) -> _Graph:
+        kernel_basis = self.kernel_basis(found.attr, found.dist, found.scale)
+        self_basis = fiber_basis = None
+        if self.self_loops:
+            self_basis = self.kernel_basis(found.zero, None if found.dist is None else found.dist.new_zeros(1))
+        if self.fiber_basis is not None and found.fiber_attr is not None:
+            fiber_basis = self.fiber_basis(found.fiber_attr)
+        edge_index, num_nodes = inputs.edge_index, inputs.x.size(0)
         if self.separable:
-            plan = SegmentPlan.from_edge_index(edge_index, x.size(0))
+            plan = SegmentPlan.from_edge_index(edge_index, num_nodes)
         else:
-            plan = self.blocks[0].conv.plan(edge_index, x.size(0), self.num_ori)  # type: ignore[union-attr, operator]
-        return _Graph(kernel_basis, self_basis, fiber_basis, plan, weight, rotation)
+            plan = self.blocks[0].conv.plan(edge_index, num_nodes, self.num_ori)  # type: ignore[union-attr, operator]
+        weight = None if self.grid is None else self.grid.weight.to(found.attr.dtype)
+        return _Graph(kernel_basis, self_basis, fiber_basis, plan, weight, found.rotation)
+
+    def _calibrate_bases(self, inputs: list[Inputs], found: list[_Invariants]) -> None:
+        samples: list[tuple[Tensor, Tensor | None]] = []
+        for i, f in zip(inputs, found, strict=True):
+            window = self.kernel_basis.window(f.dist, f.scale)
+            samples.append((f.attr, window))
+            if self.self_loops:
+                count = i.x.size(0) if i.node_mask is None else int(i.node_mask.sum())
+                samples.append((f.zero, f.zero.new_full((1,), float(count))))
+        self.kernel_basis.calibrate(samples)
+        if self.fiber_basis is not None:
+            self.fiber_basis.calibrate([(f.fiber_attr, None) for f in found[:1] if f.fiber_attr is not None])
 
     def _embed(self, inputs: Inputs, graph: _Graph) -> Tensor:
         vec, weight = inputs.vec, self.embed.weight

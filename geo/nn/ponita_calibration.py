@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from geo.nn.kernel_basis import all_reduce
+
 
 def batch_arguments(data: Any) -> list[dict[str, Any]]:
     """The arguments of `flat_inputs` that each of the batches holds."""
@@ -34,9 +36,7 @@ def spread(values: list[Tensor]) -> Tensor:
     """Standard deviation of all entries, over all batches and ranks."""
     parts = [v.double() for v in values]
     rows = [torch.stack((p.sum(), p.square().sum(), p.new_tensor(float(p.numel())))) for p in parts]
-    moments = torch.stack(rows).sum(0)
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.all_reduce(moments)
+    moments = all_reduce(torch.stack(rows).sum(0))
     mean = moments[0] / moments[2].clamp(min=1)
     return (moments[1] / moments[2].clamp(min=1) - mean.square()).clamp(min=0).sqrt()
 

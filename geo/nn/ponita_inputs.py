@@ -163,7 +163,7 @@ def _check_values(
     num_graphs: int,
 ) -> None:
     """Finite numbers, indices in range. On a GPU this waits once; `geo.ops.check_bounds(False)` leaves it out."""
-    if pos.is_cuda and (not bounds._checked or torch.cuda.is_current_stream_capturing()):
+    if not bounds.reads_values(pos):
         return
     named = (("x", x), ("pos", pos), ("vec", vec), ("ori", ori), ("edge_shift", edge_shift))
     finite = [(name, t.detach()) for name, t in named if t is not None]

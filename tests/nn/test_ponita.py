@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import statistics
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -484,17 +486,35 @@ def test_thread_count_changes_no_bit():
 
 
 def test_calibration_shares_statistics_between_ranks(monkeypatch):
-    """A second rank with the same moments leaves the result; one with no spread at all does not."""
-    model, batch = build(), sample(build(), 6)
-    state = {k: v.clone() for k, v in model.state_dict().items()}
-    expected = {k: v.clone() for k, v in model.calibrate(batch).state_dict().items()}
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    for scale, same in ((2.0, True), (torch.tensor([1.0, 1.0, 2.0]), False)):
-        monkeypatch.setattr(torch.distributed, "all_reduce", lambda t, s=scale: t.mul_(s))
-        model.load_state_dict(state)
-        model.calibrate(batch)
-        close = [torch.allclose(v, expected[k]) for k, v in model.state_dict().items() if "conv.weight" in k]
-        assert all(close) == same
+    """Two ranks with half of the data each end with the weights of one process that has all of it."""
+    models = [build(), build(), build()]
+    for model in models:
+        model.load_state_dict(models[0].state_dict())
+    halves = [sample(models[0], 6, 1), sample(models[0], 4, 2)]
+    barrier, sent, rank = threading.Barrier(2, timeout=60), {}, threading.local()
+
+    def all_reduce(t):
+        sent[rank.number] = t.clone()
+        barrier.wait()
+        total = sent[0] + sent[1]
+        barrier.wait()
+        t.copy_(total)
+
+    def work(number):
+        rank.number = number
+        models[number].calibrate(halves[number])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.distributed, "is_initialized", lambda: True)
+        patch.setattr(torch.distributed, "all_reduce", all_reduce)
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(work, range(2)))
+    models[2].calibrate(halves)
+    for (name, a), b, c in zip(
+        models[0].state_dict().items(), *(m.state_dict().values() for m in models[1:]), strict=True
+    ):
+        assert torch.equal(a, b), name
+        torch.testing.assert_close(a, c, rtol=1e-8, atol=1e-8)
 
 
 @pytest.mark.cuda

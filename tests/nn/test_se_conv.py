@@ -98,6 +98,43 @@ def test_tiles_change_nothing(shape, scaled):
     assert_close(results[0], results[1])
 
 
+def test_basis_calibration_whitens():
+    """Hidden units vary by one with a mean in [-1, 1], functions too, and the unit of length makes no difference."""
+    attr = torch.randn(400, 5, 2, dtype=F64)
+    dist = 2 * torch.rand(400, dtype=F64)
+    basis = KernelBasis(2, 16, hidden=12, r_max=2.0).double()
+    fresh = {k: v.clone() for k, v in basis.state_dict().items()}
+    weight = basis.window(dist)
+    assert basis.calibrate([(attr, weight)]) is basis
+    share = (weight / weight.sum()).view(-1, 1, 1) / 5
+    hidden = basis.lin1(polynomial_features(attr, 3))
+    for z, most in ((hidden, 1.0), (basis.lin2(basis.act(hidden)), 0.5)):
+        mean = (z * share).sum((0, 1))
+        assert mean.abs().max() <= most + 1e-9
+        torch.testing.assert_close(((z - mean).square() * share).sum((0, 1)).sqrt(), torch.ones_like(mean))
+    # Hidden units are no longer multiples of each other, as they are when they follow the largest monomial.
+    rank = torch.linalg.matrix_rank((hidden - hidden.mean((0, 1))).flatten(0, 1), rtol=1e-2)
+    assert rank == 9
+    values = basis(attr, dist)
+    parts = [(attr[:150], weight[:150]), (attr[150:], weight[150:])]
+    for samples, scale in ((parts, 1.0), ([(7.0 * attr, weight)], 7.0)):
+        basis.load_state_dict(fresh)
+        basis.calibrate(samples)
+        torch.testing.assert_close(basis(scale * attr, dist), values, rtol=1e-8, atol=1e-8)
+
+
+def test_basis_calibration_where_little_varies():
+    basis = KernelBasis(2, 8).double()
+    fresh = {k: v.clone() for k, v in basis.state_dict().items()}
+    for attr in (torch.ones(6, 2, dtype=F64), torch.zeros(0, 2, dtype=F64)):
+        basis.calibrate([(attr, None)])
+        assert all(torch.equal(v, fresh[k]) for k, v in basis.state_dict().items())
+    two = torch.tensor([[1.0, 2.0], [1.0, -3.0]], dtype=F64).repeat(5, 1)  # one direction varies, one does not
+    basis.calibrate([(two, None)])
+    assert basis(torch.randn(50, 2, dtype=F64)).isfinite().all()
+    assert basis(two).std(0).min() > 0.1
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -296,23 +296,23 @@ def test_refusals():
         conv(x, basis, weight, src, ptr, plan=plan)
     with pytest.raises(ValueError, match="x has 3 rows, the plan was built for 4 sources"):
         conv(x[1:], basis, weight, plan=plan)
-    with pytest.raises(ValueError, match=r"x: expected \[M, O, C\], got shape \[4, 2\]"):
+    with pytest.raises(ValueError, match=r"x must be \[M, O, C\], got shape \[4, 2\]"):
         conv(x[..., 0], basis, weight, src, ptr)
-    with pytest.raises(ValueError, match=r"basis: axis 1 has size 3, expected that of x \(2\) or 1"):
+    with pytest.raises(ValueError, match=r"axis 1 of basis must have the size of x's \(2\) or 1, got 3"):
         conv(x, basis[:, :1].expand(5, 3, 5), weight, src, ptr)
-    with pytest.raises(ValueError, match=r"weight: expected \[C, B\] with C = 3 channels of x, got shape \[2, 5\]"):
+    with pytest.raises(ValueError, match=r"weight must be \[C, B\] with the C = 3 channels .* got \[2, 5\]"):
         conv(x, basis, weight[:2], src, ptr)
-    with pytest.raises(ValueError, match=r"weight: expected \[C, B\] with B = 5 as in basis, got shape \[3, 4\]"):
+    with pytest.raises(ValueError, match=r"weight must be .* B = 5 functions of basis, got \[3, 4\]"):
         conv(x, basis, weight[:, :4], src, ptr)
-    with pytest.raises(ValueError, match="src_index: expected one entry for each of the 5 rows of basis, got 4"):
+    with pytest.raises(ValueError, match=r"src_index must have one entry per row of basis \(5\), got 4"):
         conv(x, basis, weight, src[:4], ptr)
-    with pytest.raises(ValueError, match="edge_perm: expected one entry for each of the 5 rows of basis, got 4"):
+    with pytest.raises(ValueError, match=r"edge_perm must have one entry per edge \(5\), got 4"):
         conv(x, basis, weight, src, ptr, src[:4])
-    with pytest.raises(ValueError, match="ptr: expected N"):
+    with pytest.raises(ValueError, match="ptr must have at least one entry"):
         conv(x, basis, weight, src, ptr[:0])
-    with pytest.raises(TypeError, match=r"basis: expected a floating-point tensor, got torch\.int64"):
-        conv(x, basis.long(), weight, src, ptr)
-    with pytest.raises(TypeError, match=r"src_index: expected int64, got torch\.int32"):
+    with pytest.raises(ValueError, match=r"expected floating tensors, got torch\.int64"):
+        conv(x.long(), basis.long(), weight.long(), src, ptr)
+    with pytest.raises(ValueError, match=r"src_index must be int64 with one axis, got torch\.int32"):
         conv(x, basis, weight, src.int(), ptr)
     with pytest.raises(RuntimeError, match=r"use geo\.ops\.gather_linear_mul_segment_sum_reference there"):
         torch.func.grad(lambda x: conv(x, basis, weight, src, ptr).sum())(x)

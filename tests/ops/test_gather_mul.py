@@ -286,8 +286,12 @@ def test_refusals():
         gather_mul_segment_sum(x, w)
     with pytest.raises(ValueError, match="needs src_index and ptr, or a plan"):
         gather_mul_segment_sum(x, w, plan=SegmentPlan(plan.index, 2))
-    with pytest.raises(ValueError, match="either plan or ptr and edge_perm"):
+    with pytest.raises(ValueError, match="either plan or src_index, ptr and edge_perm"):
         gather_mul_segment_sum(x, w, src, ptr, plan=plan)
+    with pytest.raises(
+        ValueError, match="either plan or src_index"
+    ):  # its gradient would follow the plan's own sources
+        gather_mul_segment_sum(x, w, src, plan=plan)
     with pytest.raises(ValueError, match="x has 4 rows, the plan was built for 9 sources"):
         gather_mul_segment_sum(x, w, plan=plan)
     with pytest.raises(ValueError, match=r"weight must match x \[4, 3\] or be 1 on each feature axis, got \[5, 2\]"):
