@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from geo.nn.kernel_basis import KernelBasis
 from geo.nn.orientation_grid import FrameGrid, OrientationGrid
-from geo.nn.ponita_calibration import batch_arguments, ratio_or_one, spread
+from geo.nn.ponita_calibration import batch_arguments, center_and_spread, inverse_or_one
 from geo.nn.ponita_files import load_model, save_model
 from geo.nn.ponita_inputs import Expected, Inputs, check_size, flat_inputs
 from geo.nn.se_conv import ConvNeXtBlock, PointConv, PoniConv
@@ -362,10 +362,12 @@ class PONITA(nn.Module):
         """Turns the freshly drawn weights into a start that learns fast; call it once, before training.
 
         First the bases: their functions become as varied as the invariants of the data are (:meth:`KernelBasis.
-        calibrate`), whatever the unit of length. Then the kernels are scaled, layer by layer, so that convolutions keep
-        the spread of their inputs; every layer sees inputs that went through the calibrated layers before it. The
-        official code does the second alone, on the first training batch, unasked, after the batch was used; here it is
-        a call. With ``torch.distributed`` initialised all ranks share their statistics and end with the same weights.
+        calibrate`), whatever the unit of length. Then, layer by layer, kernels are scaled and biases set so that what a
+        convolution returns has mean 0 in each channel and unit spread: otherwise most of it is one and the same vector
+        at every node, and the norm after it keeps that. Every layer sees inputs that went through the calibrated layers
+        before it. The official code scales kernels to the spread of their inputs, means included, on the first training
+        batch, unasked, after the batch was used; here it is a call. With ``torch.distributed`` initialised all ranks
+        share their statistics and end with the same weights.
 
         Args:
             data: A batch, or an iterable of batches: a PyG ``Data`` or a mapping whose entries are named like the
@@ -386,13 +388,13 @@ class PONITA(nn.Module):
             conv = block.conv
             if not isinstance(conv, (PointConv, PoniConv)):
                 raise TypeError(f"cannot calibrate a {type(conv).__name__}")
-            wanted = spread(hidden)
             pairs = list(zip(hidden, graphs, strict=True))
             if isinstance(conv, PoniConv):
                 out = [conv.spatial(h, g.kernel_basis, g.weight, g.self_basis, g.plan) for h, g in pairs]
             else:
                 out = [conv.spatial(h, g.kernel_basis, g.self_basis, g.plan) for h, g in pairs]
-            ratio = ratio_or_one(wanted, spread(out))
+            mean, ratio = center_and_spread(out)
+            ratio = inverse_or_one(ratio)
             conv.weight.mul_(ratio.to(conv.weight))
             if isinstance(conv, PoniConv) and conv.fiber_weight is not None:
                 out = [
@@ -400,7 +402,11 @@ class PONITA(nn.Module):
                     for h, g in zip(out, graphs, strict=True)
                     if g.fiber_basis is not None
                 ]
-                conv.fiber_weight.mul_(ratio_or_one(wanted, spread(out)).to(conv.fiber_weight))
+                mean, ratio = center_and_spread(out)
+                ratio = inverse_or_one(ratio)
+                conv.fiber_weight.mul_(ratio.to(conv.fiber_weight))
+            if conv.bias is not None:
+                conv.bias.copy_(-mean * ratio)
             hidden = [self._block(block, h, g) for h, g in pairs]
         self.calibrated.fill_(True)
         return self

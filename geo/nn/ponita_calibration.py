@@ -32,16 +32,17 @@ def batch_arguments(data: Any) -> list[dict[str, Any]]:
     return batches
 
 
-def spread(values: list[Tensor]) -> Tensor:
-    """Standard deviation of all entries, over all batches and ranks."""
-    parts = [v.double() for v in values]
-    rows = [torch.stack((p.sum(), p.square().sum(), p.new_tensor(float(p.numel())))) for p in parts]
-    moments = all_reduce(torch.stack(rows).sum(0))
-    mean = moments[0] / moments[2].clamp(min=1)
-    return (moments[1] / moments[2].clamp(min=1) - mean.square()).clamp(min=0).sqrt()
+def center_and_spread(values: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Mean of each channel (the last axis), and the standard deviation about them, over all batches and ranks."""
+    rows = []
+    for value in values:
+        flat = value.double().flatten(0, -2)
+        rows.append(torch.stack((flat.sum(0), flat.square().sum(0), flat.new_full(flat.shape[1:], float(len(flat))))))
+    total, squares, count = all_reduce(torch.stack(rows).sum(0))
+    mean = total / count.clamp(min=1)
+    return mean, (squares / count.clamp(min=1) - mean.square()).clamp(min=0).mean().sqrt()
 
 
-def ratio_or_one(wanted: Tensor, found: Tensor) -> Tensor:
-    """Wanted / found, and 1 where one of them is zero (a constant input, no edges)."""
-    fine = (wanted > 0) & (found > 0)
-    return torch.where(fine, wanted / torch.where(fine, found, torch.ones_like(found)), torch.ones_like(found))
+def inverse_or_one(spread: Tensor) -> Tensor:
+    """1 / spread, and 1 where nothing varies (constant inputs that all nodes see alike, no edges)."""
+    return torch.where(spread > 0, 1 / spread.clamp(min=1e-300), torch.ones_like(spread))
