@@ -20,7 +20,18 @@ from geo.ops.gather_mul import (
 )
 from geo.ops.gelu import gelu, gelu_reference
 from geo.ops.plan import SegmentPlan, csr_from_index, csr_from_index_reference
-from geo.ops.segment import gather_csr, gather_csr_reference, segment_reduce, segment_reduce_reference
+from geo.ops.scatter import gather_csr
+from geo.ops.segment import segment_reduce, segment_reduce_reference
+from geo.ops.segment_softmax import (
+    segment_log_softmax,
+    segment_log_softmax_reference,
+    segment_logsumexp,
+    segment_logsumexp_reference,
+    segment_softmax,
+    segment_softmax_reference,
+    segment_std,
+    segment_std_reference,
+)
 
 _native.load()
 
@@ -32,7 +43,6 @@ __all__ = [
     "fiber_mul_sum",
     "fiber_mul_sum_reference",
     "gather_csr",
-    "gather_csr_reference",
     "gather_linear_mul_segment_sum",
     "gather_linear_mul_segment_sum_reference",
     "gather_mul",
@@ -41,6 +51,14 @@ __all__ = [
     "gather_mul_segment_sum_reference",
     "gelu",
     "gelu_reference",
+    "segment_log_softmax",
+    "segment_log_softmax_reference",
+    "segment_logsumexp",
+    "segment_logsumexp_reference",
     "segment_reduce",
     "segment_reduce_reference",
+    "segment_softmax",
+    "segment_softmax_reference",
+    "segment_std",
+    "segment_std_reference",
 ]

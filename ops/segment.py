@@ -1,32 +1,35 @@
-"""Reductions over consecutive segments, and the gather that is their transpose.
+"""Reductions over segments of rows, and the gather that is their transpose.
 
-Segment i of ``src`` is the rows ``ptr[i]:ptr[i + 1]``. Sums go in a fixed order whatever the number of threads.
+Segment i of ``src`` is the rows ``ptr[i]:ptr[i + 1]``, or, with a :class:`SegmentPlan`, ``perm[ptr[i]:ptr[i + 1]]``.
+Sums go in a fixed order whatever the number of threads.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from geo.ops import bounds
+from geo.ops.gather_mul import widen
+from geo.ops.plan import SegmentPlan, index_from_csr
 from geo.ops.registration import define
 
-Reduce = Literal["sum", "mean", "min", "max"]
+Reduce = Literal["sum", "mean", "mul", "min", "max"]
 
 
-def segment_reduce(src: Tensor, ptr: Tensor, reduce: Reduce = "sum") -> Tensor:
+def segment_reduce(src: Tensor, ptr: Tensor | SegmentPlan, reduce: Reduce = "sum") -> Tensor:
     """Reduce each segment of rows to one row: ``out[i] = reduce(src[ptr[i]:ptr[i + 1]])``.
 
-    Empty segments give 0. ``"min"`` and ``"max"`` hand their gradient to the first row that attains the extreme, and
-    let NaN through. float16 and bfloat16 are summed in float32. Rows that are not sorted by segment go through
-    ``src[plan.perm]`` of a :class:`SegmentPlan` first. Differentiable any number of times.
+    Empty segments give 0 (``"mul"``: 1). ``"min"`` and ``"max"`` hand their gradient to the first row that attains the
+    extreme, and let NaN through. float16 and bfloat16 are summed in float32. Rows that are not sorted by segment are
+    reduced where they lie, with a :class:`SegmentPlan` in place of ``ptr``. Differentiable any number of times.
 
     Args:
-        src: [E, *F], floating; for sum, min and max also integer.
-        ptr: int64 [N + 1], rising from 0 to E.
-        reduce: "sum", "mean", "min" or "max".
+        src: [E, *F], floating; for sum, mul, min and max also integer.
+        ptr: int64 [N + 1], rising from 0 to E, or the plan of the segment of each row.
+        reduce: "sum", "mean", "mul", "min" or "max".
 
     Returns:
         [N, *F], of the dtype of ``src``.
@@ -37,121 +40,165 @@ def segment_reduce(src: Tensor, ptr: Tensor, reduce: Reduce = "sum") -> Tensor:
 
     Example:
         >>> import torch
-        >>> from geo.ops import segment_reduce
+        >>> from geo.ops import SegmentPlan, segment_reduce
         >>> segment_reduce(torch.tensor([1.0, 2.0, 4.0]), torch.tensor([0, 2, 2, 3]), "mean").tolist()
         [1.5, 0.0, 4.0]
+        >>> segment_reduce(torch.tensor([1.0, 2.0, 4.0]), SegmentPlan(torch.tensor([1, 0, 1])), "sum").tolist()
+        [2.0, 5.0]
     """
-    _check("segment_reduce", src, ptr, reduce)
-    if not src.is_floating_point():
-        if not torch.compiler.is_compiling():
-            bounds.check_ptr("segment_reduce", ptr, src.size(0))
-        return segment_reduce_reference(src, ptr, reduce)
-    checks = (("ptr", ptr, src.size(0)),)
-    if reduce in ("sum", "mean"):
-        out: Tensor = bounds.call("segment_reduce", torch.ops.geo.segment_sum, (src, ptr, reduce == "mean"), checks)
-        return out
-    values, _ = bounds.call("segment_reduce", torch.ops.geo.segment_extreme, (src, ptr, reduce == "max"), checks)
-    extreme: Tensor = values
-    return extreme
+    if reduce not in ("sum", "mean", "mul", "min", "max"):
+        raise ValueError(f"segment_reduce: reduce must be 'sum', 'mean', 'mul', 'min' or 'max', got {reduce!r}")
+    order = csr_order("segment_reduce", src, ptr)
+    if reduce == "mean" and not src.is_floating_point():
+        raise ValueError(f"segment_reduce: src must be floating for reduce='mean', got {src.dtype}")
+    if reduce in ("min", "max"):
+        return extreme(src, order, reduce == "max", "segment_reduce")[0]
+    if reduce == "mul":
+        return product(src, order, "segment_reduce")
+    return total(src, order, reduce == "mean", "segment_reduce")
 
 
-def gather_csr(src: Tensor, ptr: Tensor, num_out: int | None = None) -> Tensor:
-    """Repeat each row over its segment: ``out[e] = src[i]`` for ``ptr[i] <= e < ptr[i + 1]``.
+# -- the same for the other functions of this folder -------------------------------------------------------------------
+class Order(NamedTuple):
+    """Which rows belong to which segment: segment i holds the rows ``perm[ptr[i]:ptr[i + 1]]``.
 
-    The transpose of ``segment_reduce(..., "sum")``. Differentiable any number of times.
-
-    Args:
-        src: [N, *F].
-        ptr: int64 [N + 1], rising from 0 to E.
-        num_out: E; by default ``ptr[-1]``, which waits for a GPU and cannot be compiled.
-
-    Returns:
-        [E, *F].
-
-    Raises:
-        IndexError: ``ptr`` does not rise from 0 to ``num_out``.
-        ValueError: a wrong shape or dtype.
-
-    Example:
-        >>> import torch
-        >>> from geo.ops import gather_csr
-        >>> gather_csr(torch.tensor([5.0, 6.0, 7.0]), torch.tensor([0, 2, 2, 3])).tolist()
-        [5.0, 5.0, 7.0]
+    ``perm`` is None where rows are sorted; ``rows``, where at hand, is the segment of each row.
     """
-    if ptr.dim() != 1 or ptr.dtype != torch.int64:
-        raise ValueError(f"gather_csr: ptr must be int64 [N + 1], got {ptr.dtype} {list(ptr.shape)}")
-    if src.dim() < 1 or src.size(0) != ptr.size(0) - 1:
-        raise ValueError(f"gather_csr: src must have ptr.numel() - 1 = {ptr.size(0) - 1} rows, got {list(src.shape)}")
-    if num_out is None:
-        num_out = int(ptr[-1])
+
+    ptr: Tensor
+    perm: Tensor | None = None
+    rows: Tensor | None = None
+
+    @property
+    def num_segments(self) -> int:
+        """N."""
+        return self.ptr.size(0) - 1
+
+    def checks(self, num_rows: int) -> tuple[tuple[str, Tensor | None, int], ...]:
+        """What :func:`bounds.call` looks up when a CUDA kernel noted a bad entry."""
+        return (
+            ("ptr", self.ptr, num_rows),
+            ("edge_perm", self.perm, num_rows - 1),
+            ("dst_index", self.rows, self.num_segments - 1),
+        )
+
+
+def csr_order(op: str, src: Tensor, ptr: Tensor | SegmentPlan) -> Order:
+    """The order that a caller's ``ptr`` means, and a refusal of what does not fit ``src``."""
+    if src.dim() < 1:
+        raise ValueError(f"{op}: src must have one row per edge [E, *F], got a scalar")
+    if isinstance(ptr, SegmentPlan):
+        if ptr.index.size(0) != src.size(0):
+            raise ValueError(f"{op}: src has {src.size(0)} rows, the plan was built for {ptr.index.size(0)}")
+        order = Order(ptr.ptr, ptr.perm, ptr.index)
+    else:
+        if ptr.dim() != 1 or ptr.size(0) < 1 or ptr.dtype != torch.int64:
+            raise ValueError(f"{op}: ptr must be int64 [N + 1], got {ptr.dtype} {list(ptr.shape)}")
+        order = Order(ptr)
+    if src.device != order.ptr.device:
+        raise ValueError(f"{op}: src is on {src.device}, ptr on {order.ptr.device}: they must be on one device")
+    if src.dtype in (torch.bool, torch.complex64, torch.complex128):
+        raise ValueError(f"{op}: src must be floating or integer, got {src.dtype}")
+    return order
+
+
+def total(src: Tensor, order: Order, mean: bool, op: str) -> Tensor:
+    """Sum (or mean) of each segment, [N, *F]."""
     if not src.is_floating_point():
-        if not torch.compiler.is_compiling():
-            bounds.check_ptr("gather_csr", ptr, num_out)
-        return gather_csr_reference(src, ptr, num_out)
-    out: Tensor = bounds.call("gather_csr", torch.ops.geo.gather_csr, (src, ptr, num_out), (("ptr", ptr, num_out),))
+        _check_integers(op, order, src.size(0))
+        return _segment_sum(src, order, mean)
+    out: Tensor = bounds.call(op, torch.ops.geo.segment_sum, (src, *order, mean), order.checks(src.size(0)))
     return out
 
 
-def _check(op: str, src: Tensor, ptr: Tensor, reduce: str) -> None:
-    if reduce not in ("sum", "mean", "min", "max"):
-        raise ValueError(f"{op}: reduce must be 'sum', 'mean', 'min' or 'max', got {reduce!r}")
-    if src.dim() < 1:
-        raise ValueError(f"{op}: src must have one row per edge [E, *F], got a scalar")
-    if ptr.dim() != 1 or ptr.size(0) < 1 or ptr.dtype != torch.int64:
-        raise ValueError(f"{op}: ptr must be int64 [N + 1], got {ptr.dtype} {list(ptr.shape)}")
-    if src.device != ptr.device:
-        raise ValueError(f"{op}: src is on {src.device}, ptr on {ptr.device}: they must be on one device")
-    if src.dtype in (torch.bool, torch.complex64, torch.complex128) or (
-        reduce == "mean" and not src.dtype.is_floating_point
-    ):
-        allowed = "floating" if reduce == "mean" else "floating or integer"
-        raise ValueError(f"{op}: src must be {allowed} for reduce={reduce!r}, got {src.dtype}")
+def extreme(src: Tensor, order: Order, largest: bool, op: str) -> tuple[Tensor, Tensor]:
+    """Largest (smallest) of each segment and its row, [N, *F] both; 0 and E for an empty segment."""
+    if not src.is_floating_point():
+        _check_integers(op, order, src.size(0))
+        return _segment_extreme(src, order, largest)
+    args = (src, order.ptr, order.perm, largest)
+    out: tuple[Tensor, Tensor] = bounds.call(op, torch.ops.geo.segment_extreme, args, order.checks(src.size(0)))
+    return out
+
+
+def product(src: Tensor, order: Order, op: str) -> Tensor:
+    """Product of each segment, [N, *F]; 1 for an empty one."""
+    if not src.is_floating_point():
+        _check_integers(op, order, src.size(0))
+        return _segment_prod(src, order)
+    out: Tensor = bounds.call(op, torch.ops.geo.segment_prod, (src, *order), order.checks(src.size(0)))
+    return out
+
+
+def spread(src: Tensor, order: Order, num_rows: int, op: str) -> Tensor:
+    """Each row ``src[i]`` at all rows of segment i, [E, *F]: the transpose of :func:`total`."""
+    if not src.is_floating_point():
+        _check_integers(op, order, num_rows)
+        return _spread(src, order, num_rows)
+    out: Tensor = bounds.call(op, torch.ops.geo.gather_csr, (src, *order, num_rows), order.checks(num_rows))
+    return out
+
+
+def _check_integers(op: str, order: Order, num_rows: int) -> None:
+    """Integers have no compiled kernels; in a traced graph, where values cannot be read, torch's own ops check."""
+    if not torch.compiler.is_compiling():
+        bounds.refuse_functorch(op)
+        check_order(op, order, num_rows)
 
 
 # -- plain PyTorch -----------------------------------------------------------------------------------------------------
-def segment_reduce_reference(src: Tensor, ptr: Tensor, reduce: Reduce = "sum") -> Tensor:
+def segment_reduce_reference(src: Tensor, ptr: Tensor | SegmentPlan, reduce: Reduce = "sum") -> Tensor:
     """:func:`segment_reduce` in plain PyTorch."""
+    order = csr_order("segment_reduce", src, ptr)
     if reduce in ("sum", "mean"):
-        return _segment_sum(src, ptr, reduce == "mean")
-    return _segment_extreme(src, ptr, reduce == "max")[0]
+        return _segment_sum(src, order, reduce == "mean")
+    return _segment_prod(src, order) if reduce == "mul" else _segment_extreme(src, order, reduce == "max")[0]
 
 
-def gather_csr_reference(src: Tensor, ptr: Tensor, num_out: int) -> Tensor:
-    """:func:`gather_csr` in plain PyTorch."""
-    return src.index_select(0, _rows(ptr, num_out))
+def rows_of(order: Order, num_rows: int) -> Tensor:
+    """The segment of each row [E]."""
+    return index_from_csr(order.ptr, order.perm, num_rows) if order.rows is None else order.rows
 
 
-def _rows(ptr: Tensor, num_edges: int) -> Tensor:
-    """The segment of each edge [E]."""
-    segments = torch.arange(ptr.size(0) - 1, device=ptr.device)
-    return torch.repeat_interleave(segments, ptr.diff(), output_size=num_edges)
-
-
-def _count(ptr: Tensor, like: Tensor) -> Tensor:
+def count_of(ptr: Tensor, like: Tensor) -> Tensor:
     """The length of each segment, at least 1, shaped to divide ``like`` [N, *F]."""
     return ptr.diff().clamp(min=1).to(like.dtype).view(-1, *[1] * (like.dim() - 1))
 
 
-def _segment_sum(src: Tensor, ptr: Tensor, mean: bool) -> Tensor:
-    wide = src.float() if src.dtype in (torch.float16, torch.bfloat16) else src
-    out = wide.new_zeros(ptr.size(0) - 1, *src.shape[1:]).index_add(0, _rows(ptr, src.size(0)), wide)
-    return (out / _count(ptr, out) if mean else out).to(src.dtype)
+def _segment_sum(src: Tensor, order: Order, mean: bool) -> Tensor:
+    wide = widen(src)
+    out = wide.new_zeros(order.num_segments, *src.shape[1:]).index_add(0, rows_of(order, src.size(0)), wide)
+    return (out / count_of(order.ptr, out) if mean else out).to(src.dtype)
 
 
-def _segment_extreme(src: Tensor, ptr: Tensor, largest: bool) -> tuple[Tensor, Tensor]:
-    num_edges, num_segments = src.size(0), ptr.size(0) - 1
-    rows = _rows(ptr, num_edges).view(-1, *[1] * (src.dim() - 1)).expand_as(src)
+def _spread(src: Tensor, order: Order, num_rows: int) -> Tensor:
+    return src.index_select(0, rows_of(order, num_rows))
+
+
+def _segment_prod(src: Tensor, order: Order) -> Tensor:
+    wide = widen(src)
+    rows = _expand(rows_of(order, src.size(0)), src)
+    return wide.new_ones(order.num_segments, *src.shape[1:]).scatter_reduce(0, rows, wide, "prod").to(src.dtype)
+
+
+def _segment_extreme(src: Tensor, order: Order, largest: bool) -> tuple[Tensor, Tensor]:
+    num_rows = src.size(0)
+    rows = _expand(rows_of(order, num_rows), src)
     detached = src.detach()
-    extreme = detached.new_zeros(num_segments, *src.shape[1:]).scatter_reduce(
+    extreme = detached.new_zeros(order.num_segments, *src.shape[1:]).scatter_reduce(
         0, rows, detached, "amax" if largest else "amin", include_self=False
     )
     attained = extreme.gather(0, rows)
     hit = (detached == attained) | ((detached != detached) & (attained != attained))
-    position = torch.arange(num_edges, device=src.device).view(-1, *[1] * (src.dim() - 1)).expand_as(src)
-    arg = torch.full(extreme.shape, num_edges, dtype=torch.int64, device=src.device).scatter_reduce(
-        0, rows, torch.where(hit, position, num_edges), "amin"
+    position = _expand(torch.arange(num_rows, device=src.device), src)
+    arg = torch.full(extreme.shape, num_rows, dtype=torch.int64, device=src.device).scatter_reduce(
+        0, rows, torch.where(hit, position, num_rows), "amin"
     )
     return _take(src, arg), arg
+
+
+def _expand(index: Tensor, src: Tensor) -> Tensor:
+    return index.view(-1, *[1] * (src.dim() - 1)).expand_as(src)
 
 
 def _take(src: Tensor, arg: Tensor) -> Tensor:
@@ -162,90 +209,129 @@ def _take(src: Tensor, arg: Tensor) -> Tensor:
 
 
 # -- schemas, shapes and gradients -------------------------------------------------------------------------------------
-def _segment_sum_kernel(src: Tensor, ptr: Tensor, mean: bool) -> Tensor:
-    bounds.check_ptr("segment_sum", ptr, src.size(0))
-    return _segment_sum(src, ptr, mean)
+def check_order(op: str, order: Order, num_rows: int) -> None:
+    """What the compiled kernels check while they read, for the plain ones."""
+    bounds.check_ptr(op, order.ptr, num_rows)
+    if order.perm is not None:
+        bounds.check_index(op, "edge_perm", order.perm, num_rows)
+    if order.rows is not None:
+        bounds.check_index(op, "dst_index", order.rows, order.num_segments)
 
 
-def _segment_sum_fake(src: Tensor, ptr: Tensor, mean: bool) -> Tensor:
+def _segment_sum_kernel(src: Tensor, ptr: Tensor, perm: Tensor | None, index: Tensor | None, mean: bool) -> Tensor:
+    order = Order(ptr, perm, index)
+    check_order("segment_sum", order, src.size(0))
+    return _segment_sum(src, order, mean)
+
+
+def per_segment(src: Tensor, ptr: Tensor, *_: Any) -> Tensor:
+    """Fake of an op that gives one row per segment."""
     torch._check(src.dim() >= 1 and ptr.dim() == 1)
     return src.new_empty(ptr.size(0) - 1, *src.shape[1:])
 
 
 def _segment_sum_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    src, ptr, ctx.mean = inputs
-    ctx.save_for_backward(ptr)
-    ctx.num_edges = src.size(0)
+    src, ptr, perm, index, ctx.mean = inputs
+    ctx.save_for_backward(ptr, perm, index)
+    ctx.num_rows = src.size(0)
 
 
 def _segment_sum_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    (ptr,) = ctx.saved_tensors
-    scaled = grad / _count(ptr, grad) if ctx.mean else grad
-    return torch.ops.geo.gather_csr(scaled, ptr, ctx.num_edges), None, None
+    ptr, perm, index = ctx.saved_tensors
+    scaled = grad / count_of(ptr, grad) if ctx.mean else grad
+    return torch.ops.geo.gather_csr(scaled, ptr, perm, index, ctx.num_rows), None, None, None, None
 
 
-def _gather_kernel(src: Tensor, ptr: Tensor, num_out: int) -> Tensor:
-    bounds.check_ptr("gather_csr", ptr, num_out)
-    return gather_csr_reference(src, ptr, num_out)
+def _gather_kernel(src: Tensor, ptr: Tensor, perm: Tensor | None, index: Tensor | None, num_out: int) -> Tensor:
+    order = Order(ptr, perm, index)
+    check_order("gather_csr", order, num_out)
+    return _spread(src, order, num_out)
 
 
-def _gather_fake(src: Tensor, ptr: Tensor, num_out: int) -> Tensor:
+def _gather_fake(src: Tensor, ptr: Tensor, perm: Tensor | None, index: Tensor | None, num_out: int) -> Tensor:
     torch._check(src.dim() >= 1 and ptr.dim() == 1)
     torch._check(src.size(0) == ptr.size(0) - 1)
     return src.new_empty(num_out, *src.shape[1:])
 
 
 def _gather_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    ctx.save_for_backward(inputs[1])
+    ctx.save_for_backward(*inputs[1:4])
 
 
 def _gather_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    (ptr,) = ctx.saved_tensors
-    return torch.ops.geo.segment_sum(grad, ptr, False), None, None
+    return torch.ops.geo.segment_sum(grad, *ctx.saved_tensors, False), None, None, None, None
 
 
-def _extreme_kernel(src: Tensor, ptr: Tensor, largest: bool) -> tuple[Tensor, Tensor]:
-    bounds.check_ptr("segment_extreme", ptr, src.size(0))
-    return _segment_extreme(src, ptr, largest)
+def _extreme_kernel(src: Tensor, ptr: Tensor, perm: Tensor | None, largest: bool) -> tuple[Tensor, Tensor]:
+    order = Order(ptr, perm)
+    check_order("segment_extreme", order, src.size(0))
+    return _segment_extreme(src, order, largest)
 
 
-def _extreme_fake(src: Tensor, ptr: Tensor, largest: bool) -> tuple[Tensor, Tensor]:
-    torch._check(src.dim() >= 1 and ptr.dim() == 1)
-    shape = (ptr.size(0) - 1, *src.shape[1:])
-    return src.new_empty(shape), ptr.new_empty(shape)
+def _extreme_fake(src: Tensor, ptr: Tensor, perm: Tensor | None, largest: bool) -> tuple[Tensor, Tensor]:
+    out = per_segment(src, ptr)
+    return out, ptr.new_empty(out.shape)
 
 
 def _extreme_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.save_for_backward(output[1])
     ctx.mark_non_differentiable(output[1])
-    ctx.num_edges = inputs[0].size(0)
+    ctx.num_rows = inputs[0].size(0)
 
 
 def _extreme_backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
     (arg,) = ctx.saved_tensors
     # one row more takes what empty segments would hand down; segments are disjoint, so no two entries meet elsewhere
-    wide = grad.new_zeros(ctx.num_edges + 1, *grad.shape[1:]).scatter(0, arg, grad)
-    return wide[: ctx.num_edges], None, None
+    wide = grad.new_zeros(ctx.num_rows + 1, *grad.shape[1:]).scatter(0, arg, grad)
+    return wide[: ctx.num_rows], None, None, None
+
+
+def _prod_kernel(src: Tensor, ptr: Tensor, perm: Tensor | None, index: Tensor | None) -> Tensor:
+    order = Order(ptr, perm, index)
+    check_order("segment_prod", order, src.size(0))
+    return _segment_prod(src, order)
+
+
+def _prod_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _prod_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    # The product of the others: out / x; where one factor is 0, that of the non-zero ones, for this factor alone.
+    src, ptr, perm, index = ctx.saved_tensors
+    zero = src == 0
+    factors = torch.where(zero, 1, src)
+    rest = torch.ops.geo.segment_prod(factors, ptr, perm, index)
+    zeros = torch.ops.geo.segment_sum(zero.to(src.dtype), ptr, perm, index, False)
+    rest, zeros = (torch.ops.geo.gather_csr(t, ptr, perm, index, src.size(0)) for t in (grad * rest, zeros))
+    return torch.where(zeros - zero.to(src.dtype) == 0, rest / factors, 0), None, None, None
 
 
 define(
-    "segment_sum(Tensor src, Tensor ptr, bool mean) -> Tensor",
+    "segment_sum(Tensor src, Tensor ptr, Tensor? perm, Tensor? index, bool mean) -> Tensor",
     _segment_sum_kernel,
-    _segment_sum_fake,
+    per_segment,
     _segment_sum_backward,
     _segment_sum_setup,
 )
 define(
-    "gather_csr(Tensor src, Tensor ptr, SymInt num_out) -> Tensor",
+    "gather_csr(Tensor src, Tensor ptr, Tensor? perm, Tensor? index, SymInt num_out) -> Tensor",
     _gather_kernel,
     _gather_fake,
     _gather_backward,
     _gather_setup,
 )
 define(
-    "segment_extreme(Tensor src, Tensor ptr, bool largest) -> (Tensor, Tensor)",
+    "segment_extreme(Tensor src, Tensor ptr, Tensor? perm, bool largest) -> (Tensor, Tensor)",
     _extreme_kernel,
     _extreme_fake,
     _extreme_backward,
     _extreme_setup,
+)
+define(
+    "segment_prod(Tensor src, Tensor ptr, Tensor? perm, Tensor? index) -> Tensor",
+    _prod_kernel,
+    per_segment,
+    _prod_backward,
+    _prod_setup,
 )

@@ -51,6 +51,7 @@ struct SegmentExtreme {
   void* out;
   int64_t* arg;
   const int64_t* ptr;
+  const int64_t* perm;  // null: the place itself; otherwise checked before
   int64_t num_edges, num_features;
   bool largest;
 };

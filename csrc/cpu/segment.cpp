@@ -2,6 +2,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include <cstring>
+#include <optional>
 #include <tuple>
 #include <vector>
 
@@ -17,13 +18,23 @@ std::vector<int64_t> with_rows(const Tensor& t, int64_t rows) {
   return sizes;
 }
 
-Tensor segment_sum_cpu(const Tensor& src_, const Tensor& ptr_, bool mean) {
+// `perm` made contiguous, or anything where there is none.
+Tensor contiguous_perm(const char* op, const std::optional<Tensor>& perm, const Tensor& other, int64_t num_edges) {
+  if (!perm) return other;
+  check_index_dtype(*perm, op, "edge_perm");
+  STD_TORCH_CHECK(perm->numel() == num_edges, op, ": edge_perm must have one entry per edge");
+  return torch::stable::contiguous(*perm);
+}
+
+Tensor segment_sum_cpu(const Tensor& src_, const Tensor& ptr_, const std::optional<Tensor>& perm_,
+                       const std::optional<Tensor>&, bool mean) {
   constexpr const char* op = "segment_sum";
   STD_TORCH_CHECK(src_.dim() >= 1, op, ": src must have one row per edge");
   check_index_dtype(ptr_, op, "ptr");
   const Tensor src = torch::stable::contiguous(src_), ptr = torch::stable::contiguous(ptr_);
   const int64_t num_edges = src.size(0), num_segments = ptr.numel() - 1;
   check_ptr(op, index_data(ptr), num_segments, num_edges);
+  const Tensor perm = contiguous_perm(op, perm_, ptr, num_edges);
   FeatureLayout layout;
   for (int64_t d = 1; d < src.dim(); ++d) layout.push(src.size(d), false);
   layout.finish();
@@ -36,6 +47,7 @@ Tensor segment_sum_cpu(const Tensor& src_, const Tensor& ptr_, bool mean) {
     a.x = read<S>(src);
     a.out = write<S>(out);
     a.ptr = index_data(ptr);
+    a.perm = perm_ ? index_data(perm) : nullptr;
     a.num_src = a.num_edges = num_edges;
     a.num_features = layout.num_features;
     a.planes = planes.get();
@@ -45,7 +57,8 @@ Tensor segment_sum_cpu(const Tensor& src_, const Tensor& ptr_, bool mean) {
   return out;
 }
 
-Tensor gather_csr_cpu(const Tensor& src_, const Tensor& ptr_, int64_t num_out) {
+Tensor gather_csr_cpu(const Tensor& src_, const Tensor& ptr_, const std::optional<Tensor>& perm_,
+                      const std::optional<Tensor>&, int64_t num_out) {
   constexpr const char* op = "gather_csr";
   check_index_dtype(ptr_, op, "ptr");
   const Tensor src = torch::stable::contiguous(src_), ptr = torch::stable::contiguous(ptr_);
@@ -53,6 +66,10 @@ Tensor gather_csr_cpu(const Tensor& src_, const Tensor& ptr_, int64_t num_out) {
   STD_TORCH_CHECK(src.dim() >= 1 && src.size(0) == num_segments, op, ": src must have ", num_segments, " rows");
   const int64_t* p = index_data(ptr);
   check_ptr(op, p, num_segments, num_out);
+  const Tensor perm_tensor = contiguous_perm(op, perm_, ptr, num_out);
+  const int64_t* perm = perm_ ? index_data(perm_tensor) : nullptr;
+  for (int64_t e = 0; perm && e < num_out; ++e)
+    if (uint64_t(perm[e]) >= uint64_t(num_out)) raise_out_of_range(op, "edge_perm", e, perm[e], 0, num_out - 1);
   const std::vector<int64_t> sizes = with_rows(src, num_out);
   Tensor out = torch::stable::new_empty(src, sizes);
   dispatch_floating(src.scalar_type(), op, [&](auto zero) {
@@ -67,7 +84,9 @@ Tensor gather_csr_cpu(const Tensor& src_, const Tensor& ptr_, int64_t num_out) {
       for (int64_t e = begin; e < end; ++i) {
         const int64_t stop = std::min(end, p[i + 1]);
         const S* row = from + i * width;
-        if (width == 1) {
+        if (perm) {
+          for (; e < stop; ++e) std::copy(row, row + width, to + perm[e] * width);
+        } else if (width == 1) {
           std::fill(to + e, to + stop, *row);
         } else if (e < stop) {  // the first row, then twice as many each time
           std::memcpy(to + e * width, row, width * sizeof(S));
@@ -81,7 +100,8 @@ Tensor gather_csr_cpu(const Tensor& src_, const Tensor& ptr_, int64_t num_out) {
   return out;
 }
 
-std::tuple<Tensor, Tensor> segment_extreme_cpu(const Tensor& src_, const Tensor& ptr_, bool largest) {
+std::tuple<Tensor, Tensor> segment_extreme_cpu(const Tensor& src_, const Tensor& ptr_,
+                                               const std::optional<Tensor>& perm_, bool largest) {
   constexpr const char* op = "segment_extreme";
   STD_TORCH_CHECK(src_.dim() >= 1, op, ": src must have one row per edge");
   check_index_dtype(ptr_, op, "ptr");
@@ -89,6 +109,10 @@ std::tuple<Tensor, Tensor> segment_extreme_cpu(const Tensor& src_, const Tensor&
   const int64_t num_edges = src.size(0), num_segments = ptr.numel() - 1;
   const int64_t* p = index_data(ptr);
   check_ptr(op, p, num_segments, num_edges);
+  const Tensor perm_tensor = contiguous_perm(op, perm_, ptr, num_edges);
+  const int64_t* perm = perm_ ? index_data(perm_tensor) : nullptr;
+  for (int64_t e = 0; perm && e < num_edges; ++e)
+    if (uint64_t(perm[e]) >= uint64_t(num_edges)) raise_out_of_range(op, "edge_perm", e, perm[e], 0, num_edges - 1);
   const std::vector<int64_t> sizes = with_rows(src, num_segments);
   Tensor out = torch::stable::new_empty(src, sizes), arg = torch::stable::new_empty(ptr, sizes);
   int64_t width = 1;
@@ -97,7 +121,7 @@ std::tuple<Tensor, Tensor> segment_extreme_cpu(const Tensor& src_, const Tensor&
   dispatch_floating(src.scalar_type(), op, [&](auto zero) {
     using S = decltype(zero);
     const GatherMulTable& leaf = gather_mul_table(S{});
-    const SegmentExtreme a{read<S>(src), write<S>(out), write<int64_t>(arg), p, num_edges, width, largest};
+    const SegmentExtreme a{read<S>(src), write<S>(out), write<int64_t>(arg), p, perm, num_edges, width, largest};
     S* values = write<S>(out);
     int64_t* args = write<int64_t>(arg);
     std::vector<S> piece_values(num_slots(num_edges) * width);

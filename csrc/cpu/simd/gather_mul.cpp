@@ -388,13 +388,14 @@ GEO_INLINE void extreme_columns(const SegmentExtreme& a, int64_t begin, int64_t 
   const int64_t num = a.num_features;
   T best[Width];
   int32_t at[Width];  // relative to begin: a segment or piece has fewer than 2 * kHubChunk edges
-  const S* row = src + begin * num + f;
+  const int64_t* perm = a.perm;
+  const S* row = src + (perm ? perm[begin] : begin) * num + f;
   for (int j = 0; j < Width; ++j) {
     best[j] = widen(row[j]);
     at[j] = 0;
   }
   for (int64_t k = 1; k < end - begin; ++k) {
-    row += num;
+    row = perm ? src + perm[begin + k] * num + f : row + num;
     GEO_UNROLL(1) for (int j = 0; j < Width; ++j) {
       const T v = widen(row[j]);
       const bool better = ((Largest ? v > best[j] : v < best[j]) | (v != v)) & (best[j] == best[j]);
@@ -403,8 +404,8 @@ GEO_INLINE void extreme_columns(const SegmentExtreme& a, int64_t begin, int64_t 
     }
   }
   for (int j = 0; j < Width; ++j) {
-    value[f + j] = src[(begin + at[j]) * num + f + j];
-    arg[f + j] = begin + at[j];
+    arg[f + j] = perm ? perm[begin + at[j]] : begin + at[j];
+    value[f + j] = src[arg[f + j] * num + f + j];
   }
 }
 template <class S, bool Largest>
