@@ -43,6 +43,7 @@ class Digits(nn.Module):
             hidden_channels=args.hidden,
             out_channels=2 * args.hidden,
             num_layers=args.layers,
+            basis_dim=args.basis,
             dim=2,
             num_ori=0 if kind == "r2" else args.num_ori,
             radius=args.radius,
@@ -124,6 +125,7 @@ def main(argv: list[str] | None = None) -> list[list[object]]:
         "--radius", type=float, default=2.5, help="radius of the graph in pixels (default: %(default)s)"
     )
     parser.add_argument("--hidden", type=int, default=32, help="channels (default: %(default)s)")
+    parser.add_argument("--basis", type=int, default=16, help="width of the kernel basis (default: %(default)s)")
     parser.add_argument("--layers", type=int, default=3, help="convolutions (default: %(default)s)")
     parser.add_argument("--num-ori", type=int, default=8, help="directions on the circle (default: %(default)s)")
     training_flags(parser, out="runs/point_clouds", batch_size=32, lr=5e-3, budget="60 seconds a model")

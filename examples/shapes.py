@@ -42,6 +42,7 @@ class Shapes(nn.Module):
             hidden_channels=args.hidden,
             out_channels=2 * args.hidden,
             num_layers=args.layers,
+            basis_dim=args.basis,
             num_ori=num_ori,
             radius=args.radius,
             readout="node",
@@ -128,7 +129,7 @@ def main(argv: list[str] | None = None) -> list[list[object]]:
     parser.add_argument("--data", choices=["solids", "modelnet10"], default="solids", help="(default: %(default)s)")
     parser.add_argument("--models", default=",".join(MODELS), help="which of them (default: %(default)s)")
     parser.add_argument("--samples", type=int, default=None, help="training shapes (default: all)")
-    parser.add_argument("--points", type=int, default=96, help="points of a shape (default: %(default)s)")
+    parser.add_argument("--points", type=int, default=64, help="points of a shape (default: %(default)s)")
     parser.add_argument(
         "--radius",
         type=float,
@@ -136,6 +137,7 @@ def main(argv: list[str] | None = None) -> list[list[object]]:
         help="radius of the graph; shapes fill the unit ball (default: %(default)s)",
     )
     parser.add_argument("--hidden", type=int, default=32, help="channels (default: %(default)s)")
+    parser.add_argument("--basis", type=int, default=16, help="width of the kernel basis (default: %(default)s)")
     parser.add_argument("--layers", type=int, default=3, help="convolutions (default: %(default)s)")
     parser.add_argument("--num-ori", type=int, default=12, help="directions on the sphere (default: %(default)s)")
     training_flags(parser, out="runs/shapes", batch_size=16, lr=5e-3, budget="90 seconds a model")
