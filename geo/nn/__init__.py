@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from geo.nn import aggr
 from geo.nn.frame_conv import SE2Conv, SE3Conv
 from geo.nn.kernel_basis import KernelBasis
 from geo.nn.orientation_grid import FrameGrid, OrientationGrid
@@ -18,4 +19,5 @@ __all__ = [
     "PoniConv",
     "SE2Conv",
     "SE3Conv",
+    "aggr",
 ]
