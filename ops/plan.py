@@ -44,6 +44,13 @@ def csr_from_index(index: Tensor, size: int, name: str = "index") -> tuple[Tenso
 
     Raises:
         IndexError: an entry is not in [0, size).
+
+    Example:
+        >>> import torch
+        >>> from geo.ops import csr_from_index
+        >>> ptr, perm = csr_from_index(torch.tensor([2, 0, 2]), 3)
+        >>> ptr.tolist(), perm.tolist()
+        ([0, 1, 1, 3], [1, 0, 2])
     """
     if index.dim() != 1 or index.dtype != torch.int64:
         raise ValueError(f"{name} must be int64 [E], got {index.dtype} {list(index.shape)}")

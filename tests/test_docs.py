@@ -54,9 +54,15 @@ def test_public_names_are_documented(room, name):
     parameters = [p for p in inspect.signature(thing).parameters if p != "self"]
     if parameters and not name.endswith("_reference"):
         assert "Args:" in text, f"geo.{room}.{name}: no Args section"
+    parts: tuple[str, ...] = ()
+    if room == "ops" and inspect.isfunction(thing) and not name.endswith("_reference") and name != "check_bounds":
+        parts = ("Returns:", "Raises:", "Example:")
     if room == "nn":
-        for part in ("Shapes:", "Example:"):
-            assert part in text, f"geo.nn.{name}: no {part[:-1]} section"
+        parts = ("Shapes:", "Example:")
+        if not name.endswith("Grid"):  # a grid is data, not a layer
+            parts += ("Symmetry and derivatives:", "https://")
+    for part in parts:
+        assert part in text, f"geo.{room}.{name}: no {part!r}"
 
 
 def test_readme_code_runs(tmp_path, monkeypatch):
