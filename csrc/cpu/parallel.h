@@ -66,6 +66,9 @@ class Faults {
 }
 
 inline void check_ptr(const char* op, const int64_t* ptr, int64_t num_segments, int64_t num_edges) {
+  bool falls = num_segments < 0 || ptr[0] != 0 || ptr[num_segments] != num_edges;
+  for (int64_t i = 0; i < num_segments; ++i) falls |= ptr[i + 1] < ptr[i];  // no branch: this is run on every call
+  if (!falls) return;
   int64_t low = 0;
   for (int64_t i = 0; i <= num_segments; ++i) {
     const int64_t least = i == num_segments ? num_edges : low, most = i == 0 && num_segments ? 0 : num_edges;

@@ -1,16 +1,22 @@
-// CPU launchers of the segment ops and of the sort behind SegmentPlan.
+// CPU launchers of the segment ops, of scatter_sum and of the sort behind SegmentPlan.
 #include <torch/csrc/stable/library.h>
 
 #include <cstring>
+#include <memory>
 #include <optional>
 #include <tuple>
 #include <vector>
 
-#include "gather_mul.h"
 #include "parallel.h"
+#include "segment_table.h"
 
 namespace geo {
 namespace {
+
+const SegmentTable& segment_table(float) { return choose_table(GEO_TABLES(segment_float)); }
+const SegmentTable& segment_table(double) { return choose_table(GEO_TABLES(segment_double)); }
+const SegmentTable& segment_table(bfloat16) { return choose_table(GEO_TABLES(segment_bfloat16)); }
+const SegmentTable& segment_table(float16) { return choose_table(GEO_TABLES(segment_float16)); }
 
 std::vector<int64_t> with_rows(const Tensor& t, int64_t rows) {
   std::vector<int64_t> sizes(t.sizes().begin(), t.sizes().end());
@@ -18,165 +24,361 @@ std::vector<int64_t> with_rows(const Tensor& t, int64_t rows) {
   return sizes;
 }
 
-// `perm` made contiguous, or anything where there is none.
-Tensor contiguous_perm(const char* op, const std::optional<Tensor>& perm, const Tensor& other, int64_t num_edges) {
-  if (!perm) return other;
-  check_index_dtype(*perm, op, "edge_perm");
-  STD_TORCH_CHECK(perm->numel() == num_edges, op, ": edge_perm must have one entry per edge");
-  return torch::stable::contiguous(*perm);
-}
-
-Tensor segment_sum_cpu(const Tensor& src_, const Tensor& ptr_, const std::optional<Tensor>& perm_,
-                       const std::optional<Tensor>&, bool mean) {
-  constexpr const char* op = "segment_sum";
-  STD_TORCH_CHECK(src_.dim() >= 1, op, ": src must have one row per edge");
-  check_index_dtype(ptr_, op, "ptr");
-  const Tensor src = torch::stable::contiguous(src_), ptr = torch::stable::contiguous(ptr_);
-  const int64_t num_edges = src.size(0), num_segments = ptr.numel() - 1;
-  check_ptr(op, index_data(ptr), num_segments, num_edges);
-  const Tensor perm = contiguous_perm(op, perm_, ptr, num_edges);
-  FeatureLayout layout;
-  for (int64_t d = 1; d < src.dim(); ++d) layout.push(src.size(d), false);
-  layout.finish();
-  const std::vector<int64_t> sizes = with_rows(src, num_segments);
-  Tensor out = torch::stable::new_empty(src, sizes);
-  dispatch_floating(src.scalar_type(), op, [&](auto zero) {
-    using S = decltype(zero);
-    const PlaneList planes(layout);
-    GatherMulSum a{};
-    a.x = read<S>(src);
-    a.out = write<S>(out);
-    a.ptr = index_data(ptr);
-    a.perm = perm_ ? index_data(perm) : nullptr;
-    a.num_src = a.num_edges = num_edges;
-    a.num_features = layout.num_features;
-    a.planes = planes.get();
-    a.mean = mean;
-    run_gather_mul_sum<S>(op, a, num_segments);
-  });
-  return out;
-}
-
-Tensor gather_csr_cpu(const Tensor& src_, const Tensor& ptr_, const std::optional<Tensor>& perm_,
-                      const std::optional<Tensor>&, int64_t num_out) {
-  constexpr const char* op = "gather_csr";
-  check_index_dtype(ptr_, op, "ptr");
-  const Tensor src = torch::stable::contiguous(src_), ptr = torch::stable::contiguous(ptr_);
-  const int64_t num_segments = ptr.numel() - 1;
-  STD_TORCH_CHECK(src.dim() >= 1 && src.size(0) == num_segments, op, ": src must have ", num_segments, " rows");
-  const int64_t* p = index_data(ptr);
-  check_ptr(op, p, num_segments, num_out);
-  const Tensor perm_tensor = contiguous_perm(op, perm_, ptr, num_out);
-  const int64_t* perm = perm_ ? index_data(perm_tensor) : nullptr;
-  for (int64_t e = 0; perm && e < num_out; ++e)
-    if (uint64_t(perm[e]) >= uint64_t(num_out)) raise_out_of_range(op, "edge_perm", e, perm[e], 0, num_out - 1);
-  const std::vector<int64_t> sizes = with_rows(src, num_out);
-  Tensor out = torch::stable::new_empty(src, sizes);
-  dispatch_floating(src.scalar_type(), op, [&](auto zero) {
-    using S = decltype(zero);
-    const int64_t width = num_segments ? src.numel() / num_segments : 0;
-    const S* from = read<S>(src);
-    S* to = write<S>(out);
-    if (width == 0) return;
-    advise_huge_pages(to, num_out * width * int64_t(sizeof(S)));
-    parallel_blocks(num_out, block_of(width * sizeof(S)), [&](int64_t, int64_t begin, int64_t end) {
-      int64_t i = std::upper_bound(p, p + num_segments + 1, begin) - p - 1;
-      for (int64_t e = begin; e < end; ++i) {
-        const int64_t stop = std::min(end, p[i + 1]);
-        const S* row = from + i * width;
-        if (perm) {
-          for (; e < stop; ++e) std::copy(row, row + width, to + perm[e] * width);
-        } else if (width == 1) {
-          std::fill(to + e, to + stop, *row);
-        } else if (e < stop) {  // the first row, then twice as many each time
-          std::memcpy(to + e * width, row, width * sizeof(S));
-          for (int64_t done = 1, count = stop - e; done < count; done *= 2)
-            std::memcpy(to + (e + done) * width, to + e * width, std::min(done, count - done) * width * sizeof(S));
-        }
-        e = std::max(e, stop);
-      }
-    });
-  });
-  return out;
-}
-
-std::tuple<Tensor, Tensor> segment_extreme_cpu(const Tensor& src_, const Tensor& ptr_,
-                                               const std::optional<Tensor>& perm_, bool largest) {
-  constexpr const char* op = "segment_extreme";
-  STD_TORCH_CHECK(src_.dim() >= 1, op, ": src must have one row per edge");
-  check_index_dtype(ptr_, op, "ptr");
-  const Tensor src = torch::stable::contiguous(src_), ptr = torch::stable::contiguous(ptr_);
-  const int64_t num_edges = src.size(0), num_segments = ptr.numel() - 1;
-  const int64_t* p = index_data(ptr);
-  check_ptr(op, p, num_segments, num_edges);
-  const Tensor perm_tensor = contiguous_perm(op, perm_, ptr, num_edges);
-  const int64_t* perm = perm_ ? index_data(perm_tensor) : nullptr;
-  for (int64_t e = 0; perm && e < num_edges; ++e)
-    if (uint64_t(perm[e]) >= uint64_t(num_edges)) raise_out_of_range(op, "edge_perm", e, perm[e], 0, num_edges - 1);
-  const std::vector<int64_t> sizes = with_rows(src, num_segments);
-  Tensor out = torch::stable::new_empty(src, sizes), arg = torch::stable::new_empty(ptr, sizes);
+int64_t row_width(const Tensor& t) {
   int64_t width = 1;
-  for (int64_t d = 1; d < src.dim(); ++d) width *= src.size(d);
-  if (width == 0) return {out, arg};
-  dispatch_floating(src.scalar_type(), op, [&](auto zero) {
-    using S = decltype(zero);
-    const GatherMulTable& leaf = gather_mul_table(S{});
-    const SegmentExtreme a{read<S>(src), write<S>(out), write<int64_t>(arg), p, perm, num_edges, width, largest};
-    S* values = write<S>(out);
-    int64_t* args = write<int64_t>(arg);
-    std::vector<S> piece_values(num_slots(num_edges) * width);
-    std::vector<int64_t> piece_args(num_slots(num_edges) * width);
-    parallel_segments(
-        p, num_segments, block_of(width * sizeof(S)),
-        [&](int64_t, int64_t first, int64_t last) {
-          for (int64_t i = first; i < last; ++i) {
-            if (p[i] < p[i + 1]) {
-              leaf.extreme(a, p[i], p[i + 1], values + i * width, args + i * width);
-            } else {
-              std::fill(values + i * width, values + (i + 1) * width, S{});
-              std::fill(args + i * width, args + (i + 1) * width, num_edges);
-            }
-          }
-        },
-        [&](int64_t, int64_t, int64_t begin, int64_t end, int64_t slot) {
-          leaf.extreme(a, begin, end, &piece_values[slot * width], &piece_args[slot * width]);
-        });
-    for (int64_t i = 0; i < num_segments; ++i) {  // the extreme of the pieces, the first on a tie, NaN over all
-      if (!is_hub(p[i], p[i + 1])) continue;
-      const int64_t slot = first_slot(p[i]), pieces = num_pieces(p[i], p[i + 1]);
-      for (int64_t f = 0; f < width; ++f) {
-        int64_t best = slot;
-        for (int64_t k = slot + 1; k < slot + pieces; ++k) {
-          const auto v = widen(piece_values[k * width + f]), b = widen(piece_values[best * width + f]);
-          if (b == b && (v != v || (largest ? v > b : v < b))) best = k;
-        }
-        values[i * width + f] = piece_values[best * width + f];
-        args[i * width + f] = piece_args[best * width + f];
+  for (int64_t d = 1; d < t.dim(); ++d) width *= t.size(d);
+  return width;
+}
+
+// Contiguous tensors of an op, and what was looked at to get them.
+struct Segments {
+  Tensor src, ptr;
+  std::optional<Tensor> perm, index;
+  int64_t num_rows, num_segments, width;
+
+  Segments(const char* op, const Tensor& src_, const Tensor& ptr_, const std::optional<Tensor>& perm_,
+           const std::optional<Tensor>& index_, int64_t num_rows_)
+      : src(torch::stable::contiguous(src_)), ptr(torch::stable::contiguous(ptr_)), num_rows(num_rows_) {
+    STD_TORCH_CHECK(src.dim() >= 1, op, ": src must have one row per edge");
+    check_index_dtype(ptr, op, "ptr");
+    num_segments = ptr.numel() - 1;
+    width = row_width(src);
+    check_ptr(op, index_data(ptr), num_segments, num_rows);
+    perm = per_row(op, "edge_perm", perm_);
+    index = per_row(op, "dst_index", index_);
+  }
+  const int64_t* order() const { return perm ? index_data(*perm) : nullptr; }
+
+ private:
+  std::optional<Tensor> per_row(const char* op, const char* name, const std::optional<Tensor>& t) const {
+    if (!t) return std::nullopt;
+    check_index_dtype(*t, op, name);
+    STD_TORCH_CHECK(t->numel() == num_rows, op, ": ", name, " must have one entry per edge");
+    return torch::stable::contiguous(*t);
+  }
+};
+
+void raise(const char* op, const Found& found, const int64_t* perm, int64_t num_rows, const char* index_name,
+           const int64_t* index, int64_t num_segments) {
+  if (found.fault == kEdgePerm)
+    raise_out_of_range(op, "edge_perm", found.position, perm[found.position], 0, num_rows - 1);
+  if (found.fault == kDstIndex)
+    raise_out_of_range(op, index_name, found.position, index[found.position], 0, num_segments - 1);
+}
+
+// -- sums and products -------------------------------------------------------------------------------------------------
+// The hub that each first slot belongs to, -1 elsewhere: noted by whoever takes a hub's first piece.
+std::vector<int64_t> hub_list(int64_t num_rows) { return std::vector<int64_t>(num_slots(num_rows), -1); }
+
+template <class S>
+void reduce_segments(const char* op, const SegmentArgs& a, Combine combine, int64_t num_segments) {
+  using T = typename accumulate<S>::type;
+  if (a.width == 0 || num_segments == 0) return;
+  const SegmentTable& leaf = segment_table(S{});
+  const int64_t* p = a.ptr;
+  const int64_t width = a.width;
+  advise_huge_pages(a.out, num_segments * width * int64_t(sizeof(S)));
+  std::vector<T> pieces(num_slots(a.num_rows) * width);
+  std::vector<int64_t> hubs = hub_list(a.num_rows);
+  Faults faults;
+  auto note = [&](const Outcome& outcome) { faults.add(outcome.fault, outcome.position); };
+  parallel_segments(
+      p, num_segments, block_of(width * sizeof(S)),
+      [&](int64_t, int64_t first, int64_t last) { note(leaf.reduce[combine](a, first, last)); },
+      [&](int64_t, int64_t i, int64_t begin, int64_t end, int64_t slot) {
+        if (begin == p[i]) hubs[slot] = i;
+        note(leaf.piece[combine](a, begin, end, &pieces[slot * width], nullptr));
+      });
+  raise(op, faults.first(), a.perm, a.num_rows, nullptr, nullptr, 0);
+  for (int64_t slot = 0; slot < int64_t(hubs.size()); ++slot) {
+    const int64_t i = hubs[slot];
+    if (i < 0) continue;
+    const T* rows = &pieces[slot * width];
+    for (int64_t f = 0; f < width; ++f) {
+      T total = rows[f];
+      for (int64_t k = 1; k < num_pieces(p[i], p[i + 1]); ++k)
+        total = combine == kSum ? total + rows[k * width + f] : total * rows[k * width + f];
+      narrow(a.mean ? total / T(p[i + 1] - p[i]) : total, static_cast<S*>(a.out) + i * width + f);
+    }
+  }
+}
+
+// Rows this narrow are added where they belong, in the order they stand, rather than fetched through a permutation.
+constexpr int64_t kNarrow = 32;  // features
+
+// The rows are cut into a number of parts that depends on the sizes alone; each part has an output of its own, and the
+// outputs are added in order. Counts come from ptr, or, where that is null and a mean is wanted, are taken alongside.
+template <class S>
+void add_rows(const char* op, const char* index_name, const ScatterArgs& a, const int64_t* ptr, bool mean, S* out) {
+  using T = typename accumulate<S>::type;
+  constexpr bool kSame = std::is_same<S, T>::value;
+  const SegmentTable& leaf = segment_table(S{});
+  const int64_t num = a.size * a.width;
+  int64_t parts = 1;
+  while (parts < 16 && parts * (a.size + 4096) * 8 <= a.num_rows) parts *= 2;
+  advise_huge_pages(out, num * int64_t(sizeof(S)));
+  const std::unique_ptr<T[]> buffer(new T[(kSame ? parts - 1 : parts) * num]);
+  const bool counted = mean && !ptr;
+  const std::unique_ptr<int64_t[]> counts(counted ? new int64_t[parts * a.size] : nullptr);
+  auto part = [&](int64_t k) {
+    if constexpr (kSame) return k ? &buffer[(k - 1) * num] : out;
+    else return &buffer[k * num];
+  };
+  Faults faults;
+  parallel_blocks(parts, 1, [&](int64_t, int64_t begin, int64_t end) {
+    for (int64_t k = begin; k < end; ++k) {
+      std::fill_n(part(k), num, T(0));
+      int64_t* count = counted ? &counts[k * a.size] : nullptr;
+      if (count) std::fill_n(count, a.size, int64_t{0});
+      const Outcome outcome =
+          leaf.add(a, a.num_rows * k / parts, a.num_rows * (k + 1) / parts, part(k), count);
+      faults.add(outcome.fault, outcome.position);
+    }
+  });
+  raise(op, faults.first(), nullptr, 0, index_name, a.index, a.size);
+  if (kSame && parts == 1 && !mean) return;
+  parallel_blocks(a.size, block_of(a.width * parts * int64_t(sizeof(T))), [&](int64_t, int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      int64_t length = 1;
+      if (mean && ptr) length = ptr[i + 1] - ptr[i];
+      if (counted) {
+        length = 0;
+        for (int64_t k = 0; k < parts; ++k) length += counts[k * a.size + i];
+      }
+      const T divisor = T(std::max<int64_t>(1, length));
+      for (int64_t f = i * a.width; f < (i + 1) * a.width; ++f) {
+        T total = part(0)[f];
+        for (int64_t k = 1; k < parts; ++k) total += part(k)[f];
+        narrow(total / divisor, out + f);
       }
     }
+  });
+}
+
+Tensor segment_sum_cpu(const Tensor& src, const Tensor& ptr, const std::optional<Tensor>& perm,
+                       const std::optional<Tensor>& index, bool mean) {
+  constexpr const char* op = "segment_sum";
+  const Segments s(op, src, ptr, perm, index, src.dim() ? src.size(0) : 0);
+  Tensor out = torch::stable::new_empty(s.src, with_rows(s.src, s.num_segments));
+  dispatch_floating(s.src.scalar_type(), op, [&](auto zero) {
+    using S = decltype(zero);
+    if (s.perm && s.index && s.width > 0 && s.width <= kNarrow) {
+      const ScatterArgs a{read<S>(s.src), index_data(*s.index), s.num_rows, s.num_segments, s.width};
+      add_rows(op, "dst_index", a, index_data(s.ptr), mean, write<S>(out));
+    } else {
+      const SegmentArgs a{read<S>(s.src), write<S>(out), nullptr, index_data(s.ptr), s.order(), s.num_rows, s.width, mean};
+      reduce_segments<S>(op, a, kSum, s.num_segments);
+    }
+  });
+  return out;
+}
+
+Tensor segment_prod_cpu(const Tensor& src, const Tensor& ptr, const std::optional<Tensor>& perm,
+                        const std::optional<Tensor>& index) {
+  constexpr const char* op = "segment_prod";
+  const Segments s(op, src, ptr, perm, index, src.dim() ? src.size(0) : 0);
+  Tensor out = torch::stable::new_empty(s.src, with_rows(s.src, s.num_segments));
+  dispatch_floating(s.src.scalar_type(), op, [&](auto zero) {
+    using S = decltype(zero);
+    const SegmentArgs a{read<S>(s.src), write<S>(out), nullptr, index_data(s.ptr), s.order(), s.num_rows, s.width, false};
+    reduce_segments<S>(op, a, kProduct, s.num_segments);
+  });
+  return out;
+}
+
+// -- minima and maxima -------------------------------------------------------------------------------------------------
+template <class S>
+void extreme_segments(const char* op, const SegmentArgs& a, bool largest, int64_t num_segments) {
+  if (a.width == 0 || num_segments == 0) return;
+  const SegmentTable& leaf = segment_table(S{});
+  const Combine combine = largest ? kMaximum : kMinimum;
+  const int64_t* p = a.ptr;
+  const int64_t width = a.width;
+  S* out = static_cast<S*>(a.out);
+  advise_huge_pages(out, num_segments * width * int64_t(sizeof(S)));
+  advise_huge_pages(a.arg, num_segments * width * int64_t(sizeof(int64_t)));
+  std::vector<S> pieces(num_slots(a.num_rows) * width);
+  std::vector<int64_t> args(num_slots(a.num_rows) * width), hubs = hub_list(a.num_rows);
+  Faults faults;
+  auto note = [&](const Outcome& outcome) { faults.add(outcome.fault, outcome.position); };
+  parallel_segments(
+      p, num_segments, block_of(width * sizeof(S)),
+      [&](int64_t, int64_t first, int64_t last) { note(leaf.reduce[combine](a, first, last)); },
+      [&](int64_t, int64_t i, int64_t begin, int64_t end, int64_t slot) {
+        if (begin == p[i]) hubs[slot] = i;
+        note(leaf.piece[combine](a, begin, end, &pieces[slot * width], &args[slot * width]));
+      });
+  raise(op, faults.first(), a.perm, a.num_rows, nullptr, nullptr, 0);
+  for (int64_t slot = 0; slot < int64_t(hubs.size()); ++slot) {  // the first on a tie, NaN over all
+    const int64_t i = hubs[slot];
+    if (i < 0) continue;
+    for (int64_t f = 0; f < width; ++f) {
+      int64_t best = slot;
+      for (int64_t k = slot + 1; k < slot + num_pieces(p[i], p[i + 1]); ++k) {
+        const auto v = widen(pieces[k * width + f]), b = widen(pieces[best * width + f]);
+        if (b == b && (v != v || (largest ? v > b : v < b))) best = k;
+      }
+      out[i * width + f] = pieces[best * width + f];
+      a.arg[i * width + f] = args[best * width + f];
+    }
+  }
+}
+
+std::tuple<Tensor, Tensor> segment_extreme_cpu(const Tensor& src, const Tensor& ptr, const std::optional<Tensor>& perm,
+                                               bool largest) {
+  constexpr const char* op = "segment_extreme";
+  const Segments s(op, src, ptr, perm, std::nullopt, src.dim() ? src.size(0) : 0);
+  const std::vector<int64_t> sizes = with_rows(s.src, s.num_segments);
+  Tensor out = torch::stable::new_empty(s.src, sizes), arg = torch::stable::new_empty(s.ptr, sizes);
+  dispatch_floating(s.src.scalar_type(), op, [&](auto zero) {
+    using S = decltype(zero);
+    const SegmentArgs a{read<S>(s.src), write<S>(out), write<int64_t>(arg), index_data(s.ptr),
+                        s.order(),      s.num_rows,    s.width,             false};
+    extreme_segments<S>(op, a, largest, s.num_segments);
   });
   return {out, arg};
 }
 
-// Counting sort: ptr [size + 1] and the edges grouped by segment, in their own order inside each.
+// -- copies ------------------------------------------------------------------------------------------------------------
+Tensor gather_csr_cpu(const Tensor& src, const Tensor& ptr, const std::optional<Tensor>& perm,
+                      const std::optional<Tensor>& index, int64_t num_out) {
+  constexpr const char* op = "gather_csr";
+  const Segments s(op, src, ptr, perm, index, num_out);
+  STD_TORCH_CHECK(s.src.size(0) == s.num_segments, op, ": src must have ", s.num_segments, " rows");
+  Tensor out = torch::stable::new_empty(s.src, with_rows(s.src, num_out));
+  dispatch_floating(s.src.scalar_type(), op, [&](auto zero) {
+    using S = decltype(zero);
+    RowsArgs a{};
+    a.from = reinterpret_cast<const char*>(read<S>(s.src));
+    a.to = reinterpret_cast<char*>(write<S>(out));
+    a.ptr = index_data(s.ptr);
+    a.perm = s.order();
+    a.index = s.index ? index_data(*s.index) : nullptr;
+    a.num_segments = s.num_segments;
+    a.num_rows = num_out;
+    a.bytes = s.width * int64_t(sizeof(S));
+    if (a.bytes == 0) return;
+    const bool by_index = a.perm && a.index;
+    a.stream = (by_index || !a.perm) && num_out * a.bytes >= int64_t(1) << 25 && a.bytes % 64 == 0 &&
+               reinterpret_cast<uintptr_t>(a.to) % 64 == 0;
+    advise_huge_pages(a.to, num_out * a.bytes);
+    const RowsTable& leaf = choose_table(GEO_TABLES(segment_rows));
+    Faults faults;
+    parallel_blocks(num_out, block_of(a.bytes), [&](int64_t, int64_t begin, int64_t end) {
+      const Outcome outcome = by_index ? leaf.take(a, begin, end) : leaf.spread(a, begin, end);
+      faults.add(outcome.fault, outcome.position);
+    });
+    raise(op, faults.first(), a.perm, num_out, "dst_index", a.index, s.num_segments);
+  });
+  return out;
+}
+
+// -- sorting -----------------------------------------------------------------------------------------------------------
+// Fill ptr [size + 1] if the index rises from 0 or more to less than `size`; false where it does not.
+bool sorted_ptr(const int64_t* index, int64_t num_rows, int64_t size, int64_t* ptr) {
+  constexpr int64_t kBlock = 1024;
+  int64_t starts[kBlock], last = -1, filled = 0;
+  for (int64_t begin = 0; begin < num_rows; begin += kBlock) {
+    const int64_t end = std::min(begin + kBlock, num_rows);
+    int64_t num = 0;
+    bool falls = false;
+    for (int64_t e = begin; e < end; ++e) {  // no branch: where runs start is hard to predict
+      const int64_t i = index[e];
+      starts[num] = e;
+      num += i != last;
+      falls |= i < last;
+      last = i;
+    }
+    if (falls || index[begin] < 0 || last >= size) return false;
+    for (int64_t k = 0; k < num; ++k)
+      for (; filled <= index[starts[k]]; ++filled) ptr[filled] = starts[k];
+  }
+  for (; filled <= size; ++filled) ptr[filled] = num_rows;
+  return true;
+}
+
+// Counting sort: the rows grouped by segment, in their own order inside each, whatever the number of parts.
+template <class Count>
+void counting_sort(const char* op, const int64_t* index, int64_t num_rows, int64_t size, int64_t* ptr, int64_t* order) {
+  const int64_t parts = std::clamp<int64_t>(num_rows / (size + 4096), 1, torch::stable::get_num_threads());
+  std::vector<Count> next(parts * size);
+  Faults faults;
+  auto each_part = [&](auto&& f) {
+    parallel_blocks(parts, 1, [&](int64_t, int64_t begin, int64_t end) {
+      for (int64_t k = begin; k < end; ++k) f(num_rows * k / parts, num_rows * (k + 1) / parts, next.data() + k * size);
+    });
+  };
+  each_part([&](int64_t begin, int64_t end, Count* count) {
+    for (int64_t e = begin; e < end; ++e) {
+      if (uint64_t(index[e]) >= uint64_t(size)) return faults.add(kDstIndex, e);
+      ++count[index[e]];
+    }
+  });
+  raise(op, faults.first(), nullptr, 0, "index", index, size);
+  int64_t total = 0;
+  for (int64_t i = 0; i < size; ++i) {
+    ptr[i] = total;
+    for (int64_t k = 0; k < parts; ++k) {
+      const Count count = next[k * size + i];
+      next[k * size + i] = Count(total);
+      total += count;
+    }
+  }
+  ptr[size] = total;
+  each_part([&](int64_t begin, int64_t end, Count* place) {
+    for (int64_t e = begin; e < end; ++e) order[place[index[e]]++] = e;
+  });
+}
+void counting_sort(const char* op, const int64_t* index, int64_t num_rows, int64_t size, int64_t* ptr, int64_t* order) {
+  advise_huge_pages(order, num_rows * int64_t(sizeof(int64_t)));
+  if (num_rows <= INT32_MAX)
+    counting_sort<int32_t>(op, index, num_rows, size, ptr, order);
+  else
+    counting_sort<int64_t>(op, index, num_rows, size, ptr, order);
+}
+
 std::tuple<Tensor, Tensor> csr_from_index_cpu(const Tensor& index_, int64_t size) {
   constexpr const char* op = "csr_from_index";
   check_index_dtype(index_, op, "index");
   STD_TORCH_CHECK(size >= 0, op, ": size must not be negative, got ", size);
   const Tensor index = torch::stable::contiguous(index_);
-  const int64_t num_edges = index.numel();
-  Tensor ptr = torch::stable::new_empty(index, {size + 1}), perm = torch::stable::new_empty(index, {num_edges});
-  const int64_t* segment = index_data(index);
-  int64_t *p = write<int64_t>(ptr), *order = write<int64_t>(perm);
-  std::fill(p, p + size + 1, int64_t{0});
-  for (int64_t e = 0; e < num_edges; ++e) {
-    if (uint64_t(segment[e]) >= uint64_t(size)) raise_out_of_range(op, "index", e, segment[e], 0, size - 1);
-    ++p[segment[e] + 1];
+  const int64_t num_rows = index.numel();
+  Tensor ptr = torch::stable::new_empty(index, {size + 1}), perm = torch::stable::new_empty(index, {num_rows});
+  int64_t* order = write<int64_t>(perm);
+  if (sorted_ptr(index_data(index), num_rows, size, write<int64_t>(ptr))) {
+    advise_huge_pages(order, num_rows * int64_t(sizeof(int64_t)));
+    for (int64_t e = 0; e < num_rows; ++e) order[e] = e;
+  } else {
+    counting_sort(op, index_data(index), num_rows, size, write<int64_t>(ptr), order);
   }
-  for (int64_t i = 0; i < size; ++i) p[i + 1] += p[i];
-  std::vector<int64_t> next(p, p + size);
-  for (int64_t e = 0; e < num_edges; ++e) order[next[segment[e]]++] = e;
   return {ptr, perm};
+}
+
+// Sum (or mean) of the rows with each index: sorted rows as segments, narrow ones where they belong, others sorted first.
+Tensor scatter_sum_cpu(const Tensor& src_, const Tensor& index_, int64_t size, bool mean) {
+  constexpr const char* op = "scatter_sum";
+  check_index_dtype(index_, op, "index");
+  STD_TORCH_CHECK(src_.dim() >= 1 && src_.size(0) == index_.numel(), op, ": index must have one entry per row of src");
+  STD_TORCH_CHECK(size >= 0, op, ": dim_size must not be negative, got ", size);
+  const Tensor src = torch::stable::contiguous(src_), index = torch::stable::contiguous(index_);
+  const int64_t num_rows = index.numel(), width = row_width(src);
+  const int64_t* i = index_data(index);
+  Tensor out = torch::stable::new_empty(src, with_rows(src, size)), ptr = torch::stable::new_empty(index, {size + 1});
+  int64_t* p = write<int64_t>(ptr);
+  dispatch_floating(src.scalar_type(), op, [&](auto zero) {
+    using S = decltype(zero);
+    SegmentArgs a{read<S>(src), write<S>(out), nullptr, p, nullptr, num_rows, width, mean};
+    if (!sorted_ptr(i, num_rows, size, p)) {
+      if (width > 0 && width <= kNarrow)
+        return add_rows(op, "index", {a.src, i, num_rows, size, width}, nullptr, mean, write<S>(out));
+      Tensor perm = torch::stable::new_empty(index, {num_rows});
+      a.perm = write<int64_t>(perm);
+      counting_sort(op, i, num_rows, size, p, write<int64_t>(perm));
+      return reduce_segments<S>(op, a, kSum, size);
+    }
+    reduce_segments<S>(op, a, kSum, size);
+  });
+  return out;
 }
 
 }  // namespace
@@ -184,7 +386,9 @@ std::tuple<Tensor, Tensor> csr_from_index_cpu(const Tensor& index_, int64_t size
 
 STABLE_TORCH_LIBRARY_IMPL(geo, CPU, m) {
   m.impl("segment_sum", TORCH_BOX(&geo::segment_sum_cpu));
-  m.impl("gather_csr", TORCH_BOX(&geo::gather_csr_cpu));
+  m.impl("segment_prod", TORCH_BOX(&geo::segment_prod_cpu));
   m.impl("segment_extreme", TORCH_BOX(&geo::segment_extreme_cpu));
+  m.impl("gather_csr", TORCH_BOX(&geo::gather_csr_cpu));
   m.impl("csr_from_index", TORCH_BOX(&geo::csr_from_index_cpu));
+  m.impl("scatter_sum", TORCH_BOX(&geo::scatter_sum_cpu));
 }
