@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -71,3 +72,69 @@ def test_se_conv_here_is_json(capsys):
     rows = json.loads(capsys.readouterr().out)["rows"]
     assert set(rows) == set(se_conv.TARGETS)
     assert torch.get_num_threads() == threads
+
+
+TINY = ["--edges", "60", "--features", "3", "--threads", "1", "--seconds", "0", "--rounds", "1"]
+
+
+def test_scatter_prints_a_page_of_ratios(tmp_path):
+    out = tmp_path / "page.md"
+    command = [sys.executable, "-m", "geo", "bench", "scatter", *TINY, "--out", str(out)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == out.read_text().strip()
+    head, *rows = [[c.strip() for c in line.split("|")[1:-1]] for line in out.read_text().splitlines() if "|" in line]
+    assert head[:7] == ["op", "pass", "given", "order", "degrees", "E", "F"]
+    assert len(rows) == 1 + 8 * 2 * 2 * 2  # the line, then passes x order x degrees x (ptr or plan, index)
+    assert {row[2] for row in rows[1:]} == {"ptr", "plan", "index"}
+    for row in rows[1:]:
+        assert float(row[10]) == pytest.approx(float(row[9]) / float(row[7]), rel=0.35, abs=0.02)  # of rounded times
+    assert "of 64 rows reach their target" in out.read_text()
+    assert done.stderr.count("\n") == 64  # progress
+
+
+def test_scatter_refuses_a_wrong_result(monkeypatch):
+    """A kernel that is off by one per cent in every row is not timed, be it of sums or of small shares."""
+    from geo.bench import scatter
+
+    threads = torch.get_num_threads()
+    good = {name: getattr(scatter.ops, name) for name in ("segment_reduce", "segment_softmax")}
+    for name, function in good.items():
+        monkeypatch.setattr(scatter.ops, name, lambda *args, function=function: function(*args) * 1.01)
+        with pytest.raises(AssertionError, match="ours, ptr"):
+            scatter.main([*TINY, "--here", "--ops", {"segment_reduce": "max"}.get(name, "softmax")])
+        monkeypatch.setattr(scatter.ops, name, function)
+    torch.set_num_threads(threads)
+
+
+def test_scatter_draws_what_it_says():
+    from geo.bench import scatter
+
+    for degrees, low, high in (("uniform", 20, 60), ("power-law", 1000, 4000)):
+        graph = scatter.draw(scatter.Case("unsorted", degrees, 20_000, 1), "cpu")
+        degree = graph.index.bincount(minlength=1000)
+        assert graph.ptr is None
+        assert graph.num_segments == degree.numel() == 1000
+        assert low < int(degree.max()) < high
+    assert scatter.draw(scatter.Case("sorted", "uniform", 200, 1), "cpu").ptr is not None
+
+
+def test_scatter_targets_are_those_of_the_issue():
+    from geo.bench.scatter import target
+
+    def of(op, given, features, backward=False, tuned=False):
+        return target({"op": op, "given": given, "F": features, "pass": "both" if backward else "forward"}, tuned)
+
+    assert [of("mean", "ptr", f) for f in (1, 16, 128)] == [6, 2, 2]
+    assert [of("sum", "plan", f) for f in (1, 16, 128)] == [0.95, 4, 4]
+    assert [of("logsumexp", "ptr", 16, b, t) for b in (False, True) for t in (False, True)] == [4, 2, 6, 3]
+    assert of("softmax", "index", 1) == of("sum", "ptr", 1, backward=True) == 0.95
+
+
+def test_pyg_is_timed_without_torch_scatter(tmp_path):
+    (tmp_path / "torch_scatter.py").write_text("seen = True\n")
+    code = (
+        "from geo.bench.scatter import _pyg, _torch_scatter; _pyg()\n"
+        "from torch_geometric import typing; assert not typing.WITH_TORCH_SCATTER; assert _torch_scatter().seen"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(tmp_path)}, check=True)

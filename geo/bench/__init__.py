@@ -25,7 +25,10 @@ from torch import Tensor
 
 __all__ = ["BENCHMARKS", "Timing", "interleave", "machine", "main", "peak_extra_memory", "table"]
 
-BENCHMARKS = {"se_conv": "separable SE(n) convolution and its ops against the same computation composed of PyTorch ops"}
+BENCHMARKS = {
+    "se_conv": "separable SE(n) convolution and its ops against the same computation composed of PyTorch ops",
+    "scatter": "reductions over segments of rows against torch, PyG and torch_scatter",
+}
 
 
 def main(name: str | None, argv: Sequence[str] = ()) -> int:

@@ -167,7 +167,7 @@ class MinAggregation(_SegmentAggregation):
 class MulAggregation(_SegmentAggregation):
     r"""Product of each group, :math:`x'_i = \prod_{e \in i} x_e` for each feature; an empty group gives 1.
 
-    No paper: PyG has it under this name.
+    No paper; one of the aggregations of PyG (https://pytorch-geometric.readthedocs.io).
 
     Shapes:
         As :class:`SumAggregation`.

@@ -1,7 +1,8 @@
 from __future__ import annotations
 
 import inspect
-import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import torch_geometric.nn as pyg
 from torch_geometric.data import Data
 from torch_geometric.nn import aggr as theirs
 
+import geo.nn
 from geo.nn import aggr as ours
 from geo.ops import SegmentPlan
 from geo.testing import (
@@ -297,4 +299,11 @@ def test_docstring_has_its_parts(name):
     for part in (":math:", "Shapes:", "Symmetry and derivatives:", "Example:", "Differs from PyG's:"):
         assert part in text
     assert ("Args:" in text) == bool(inspect.signature(aggregation).parameters)
-    assert re.search(r"arxiv\.org/abs/\d{4}\.\d{5}|No paper", text)
+    assert "https://" in text
+
+
+def test_imported_on_first_use():
+    code = "import sys, geo.nn; assert 'torch_geometric' not in sys.modules; geo.nn.aggr.SumAggregation()"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    with pytest.raises(AttributeError, match=r"'geo\.nn' has no attribute 'no_such'"):
+        geo.nn.no_such  # noqa: B018
