@@ -22,13 +22,14 @@ import types
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from geo import ops
 from geo.bench import interleave, machine, table
+from geo.ops.segment import Reduce
 from geo.testing import assert_close
 
 OPS = ("sum", "mean", "max", "softmax", "logsumexp")
@@ -303,16 +304,20 @@ def traffic(row: dict[str, Any], graph: Graph) -> float:
 # -- candidates --------------------------------------------------------------------------------------------------------
 def ours(op: str, graph: Graph, given: str) -> Function:
     """This library's function, given ``ptr``, ``plan`` or ``index``."""
-    by: dict[str, Callable[..., Tensor]] = {
-        "softmax": ops.segment_softmax,
-        "logsumexp": ops.segment_logsumexp,
-        **{reduce: lambda src, order, reduce=reduce: ops.segment_reduce(src, order, reduce) for reduce in OPS[:3]},
-    }
-    function, index, num = by[op], graph.index, graph.num_segments
+    index, num = graph.index, graph.num_segments
     if given == "index":
-        return lambda src: function(src, ops.SegmentPlan(index, num))
+        if op == "softmax":
+            return lambda src: ops.scatter_softmax(src, index, 0, num)
+        if op == "logsumexp":
+            return lambda src: ops.scatter_logsumexp(src, index, 0, None, num)
+        return lambda src: ops.scatter(src, index, 0, None, num, op)
     order = graph.plan if graph.ptr is None else graph.ptr
-    return lambda src: function(src, order)
+    if op == "softmax":
+        return lambda src: ops.segment_softmax(src, order)
+    if op == "logsumexp":
+        return lambda src: ops.segment_logsumexp(src, order)
+    reduce = cast(Reduce, op)
+    return lambda src: ops.segment_reduce(src, order, reduce)
 
 
 def _sum(src: Tensor, index: Tensor, num: int) -> Tensor:

@@ -11,7 +11,8 @@ from typing import Any
 from torch import Tensor
 from torch_geometric.nn import aggr
 
-from geo.ops import SegmentPlan, gather_csr, segment_reduce, segment_softmax, segment_std
+from geo.ops import SegmentPlan, gather_csr, scatter, segment_reduce, segment_softmax, segment_std
+from geo.ops.segment import Reduce
 
 __all__ = [
     "MaxAggregation",
@@ -62,7 +63,30 @@ class _SegmentAggregation(aggr.Aggregation):
         raise NotImplementedError
 
 
-class SumAggregation(_SegmentAggregation):
+class _Reduction(_SegmentAggregation):
+    """The reductions, which need no order of the rows when they are alone."""
+
+    _reduce: Reduce
+
+    def forward(
+        self,
+        x: Tensor,
+        index: Tensor | None = None,
+        ptr: Tensor | None = None,
+        dim_size: int | None = None,
+        dim: int = -2,
+    ) -> Tensor:
+        """Aggregates; see `_SegmentAggregation`."""
+        if ptr is not None or index is None or not x.is_floating_point():
+            return super().forward(x, index, ptr, dim_size, dim)
+        return scatter(x, index, dim, None, dim_size, self._reduce)
+
+    def aggregate(self, rows: Tensor, segments: Segments) -> Tensor:
+        """Rows ``(|E|, *)`` to ``(|V|, *)``."""
+        return segment_reduce(rows, segments, self._reduce)
+
+
+class SumAggregation(_Reduction):
     r"""Sum of each group, :math:`x'_i = \sum_{e \in i} x_e`; an empty group gives 0.
 
     The aggregation of "How Powerful are Graph Neural Networks?" (https://arxiv.org/abs/1810.00826).
@@ -85,12 +109,10 @@ class SumAggregation(_SegmentAggregation):
     in float32.
     """
 
-    def aggregate(self, rows: Tensor, segments: Segments) -> Tensor:
-        """Rows ``(|E|, *)`` to ``(|V|, *)``."""
-        return segment_reduce(rows, segments, "sum")
+    _reduce = "sum"
 
 
-class MeanAggregation(_SegmentAggregation):
+class MeanAggregation(_Reduction):
     r"""Mean of each group, :math:`x'_i = \frac{1}{|i|} \sum_{e \in i} x_e`; an empty group gives 0.
 
     The aggregation of "Inductive Representation Learning on Large Graphs" (https://arxiv.org/abs/1706.02216).
@@ -111,12 +133,10 @@ class MeanAggregation(_SegmentAggregation):
     Differs from PyG's: as :class:`SumAggregation`; integers are refused.
     """
 
-    def aggregate(self, rows: Tensor, segments: Segments) -> Tensor:
-        """Rows ``(|E|, *)`` to ``(|V|, *)``."""
-        return segment_reduce(rows, segments, "mean")
+    _reduce = "mean"
 
 
-class MaxAggregation(_SegmentAggregation):
+class MaxAggregation(_Reduction):
     r"""Largest entry of each group, :math:`x'_i = \max_{e \in i} x_e` for each feature; an empty group gives 0.
 
     The aggregation of "PointNet" (https://arxiv.org/abs/1612.00593).
@@ -135,12 +155,10 @@ class MaxAggregation(_SegmentAggregation):
     Differs from PyG's: the whole gradient goes to the first entry that attains the maximum, in place of equal shares.
     """
 
-    def aggregate(self, rows: Tensor, segments: Segments) -> Tensor:
-        """Rows ``(|E|, *)`` to ``(|V|, *)``."""
-        return segment_reduce(rows, segments, "max")
+    _reduce = "max"
 
 
-class MinAggregation(_SegmentAggregation):
+class MinAggregation(_Reduction):
     r"""Smallest entry of each group, :math:`x'_i = \min_{e \in i} x_e` for each feature; an empty group gives 0.
 
     The mirror image of :class:`MaxAggregation`, one of the aggregators of https://arxiv.org/abs/2004.05718.
@@ -159,12 +177,10 @@ class MinAggregation(_SegmentAggregation):
     Differs from PyG's: as :class:`MaxAggregation`.
     """
 
-    def aggregate(self, rows: Tensor, segments: Segments) -> Tensor:
-        """Rows ``(|E|, *)`` to ``(|V|, *)``."""
-        return segment_reduce(rows, segments, "min")
+    _reduce = "min"
 
 
-class MulAggregation(_SegmentAggregation):
+class MulAggregation(_Reduction):
     r"""Product of each group, :math:`x'_i = \prod_{e \in i} x_e` for each feature; an empty group gives 1.
 
     No paper; one of the aggregations of PyG (https://pytorch-geometric.readthedocs.io).
@@ -183,9 +199,7 @@ class MulAggregation(_SegmentAggregation):
     Differs from PyG's: takes ``ptr``, too; the gradient is right where factors are 0.
     """
 
-    def aggregate(self, rows: Tensor, segments: Segments) -> Tensor:
-        """Rows ``(|E|, *)`` to ``(|V|, *)``."""
-        return segment_reduce(rows, segments, "mul")
+    _reduce = "mul"
 
 
 class VarAggregation(_SegmentAggregation):
