@@ -106,7 +106,8 @@ def scatter_logsumexp(
     total = bounds.call(op, torch.ops.geo.segment_logsumexp, (values, *order), order.checks(values.size(0)))
     if eps > _NO_EPS:
         top = segment.extreme(values, order, True, op)[0].to(total.dtype)
-        total = total + (eps * (top - total).exp()).log1p()
+        filled = (rows.counts() > 0).view(-1, *[1] * (total.dim() - 1)) & total.isfinite()
+        total = total + torch.where(filled, eps * torch.where(filled, top - total, 0).exp(), 0).log1p()
     total = rows.back(total, rows.size)
     if out is None:
         return torch.where(total == float("-inf"), 0, total).to(src.dtype)
