@@ -112,7 +112,7 @@ def scatter_logsumexp(
     if out is None:
         return torch.where(total == float("-inf"), 0, total).to(src.dtype)
     empty = rows.per_segment(rows.counts() == 0)
-    return out.copy_(torch.where(empty, out, torch.logaddexp(out.to(total.dtype), total).to(out.dtype)))
+    return out.copy_(torch.where(empty, out, torch.logaddexp(out.to(total.dtype, copy=True), total).to(out.dtype)))
 
 
 def scatter_softmax(src: Tensor, index: Tensor | SegmentPlan, dim: int = -1, dim_size: int | None = None) -> Tensor:

@@ -431,7 +431,7 @@ def _gather_rows(op: str, src: Tensor, indptr: Tensor | SegmentPlan, out: Tensor
 
 def _gather_coo_rows(src: Tensor, index: Tensor | SegmentPlan) -> Rows:
     axis = _last_axis("gather_coo", src, index)
-    size = src.size(axis) if src.dim() else None
+    size = src.size(axis) if src.dim() and not isinstance(index, SegmentPlan) else None
     return by_index("gather_coo", src, index, axis, size, gather=True)
 
 
