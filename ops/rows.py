@@ -36,14 +36,21 @@ class Rows(NamedTuple):
     @property
     def copies(self) -> int:
         """V."""
-        return math.prod([self.shape[axis] for axis in self.axes[: self.varying]])
+        return math.prod([self.shape[axis] for axis in self.axes[: self.varying]]) if self.varying else 1
+
+    @property
+    def in_place(self) -> bool:
+        """Whether the caller's tensor is the rows."""
+        return self.axes[0] == 0 and not self.varying
 
     def flat(self, src: Tensor) -> Tensor:
         """[..., n at dim, ...] as [V * n, *S]."""
-        return src.permute(self.axes).flatten(0, self.varying)
+        return src if self.in_place else src.permute(self.axes).flatten(0, self.varying)
 
     def back(self, rows: Tensor, num: int) -> Tensor:
         """[V * num, *S] in the caller's shape, with ``num`` at dim."""
+        if self.in_place:
+            return rows
         sizes = [num if i == self.varying else self.shape[axis] for i, axis in enumerate(self.axes)]
         return self._unpermute(rows.reshape(sizes))
 
@@ -178,7 +185,7 @@ def by_index(
     rows, axes, varying = _unexpanded(op, "index", index, shape, axis, shape[axis])
     if size is None:
         size = max(int(index.max()) + 1, 0) if index.numel() else 0
-    flat = _flattened(op, torch.ops.geo.flat_index, _flat_index, rows, size) if varying else rows.reshape(shape[axis])
+    flat = _flattened(op, torch.ops.geo.flat_index, _flat_index, rows, size) if varying else rows
     return Rows(op, src.device, tuple(src.shape), axes, varying, shape[axis], size, flat, None)
 
 
@@ -200,21 +207,18 @@ def by_ptr(op: str, src: Tensor, ptr: Tensor | SegmentPlan, num_rows: int | None
     elif src.size(axis) != size:
         raise ValueError(f"{op}: src must have ptr.numel() - 1 = {size} rows along dim {axis}, got {list(src.shape)}")
     rows, axes, varying = _unexpanded(op, "indptr", ptr, list(src.shape), axis, size + 1)
-    if varying:
-        flat = _flattened(op, torch.ops.geo.flat_ptr, _flat_ptr, rows, num_rows)
-    else:
-        flat = rows.reshape(size + 1)
+    flat = _flattened(op, torch.ops.geo.flat_ptr, _flat_ptr, rows, num_rows) if varying else rows
     return Rows(op, src.device, tuple(src.shape), axes, varying, num_rows, size, None, Order(flat))
 
 
 def _unexpanded(
     op: str, name: str, index: Tensor, shape: list[int], axis: int, length: int
 ) -> tuple[Tensor, tuple[int, ...], int]:
-    """``index`` without the axes along which it does not differ, [V, length], and the order of the axes."""
-    shape = [*shape[:axis], length, *shape[axis + 1 :]]
+    """``index`` without the axes along which it does not differ, [V, length] or [length], and the order of the axes."""
     others = [a for a in range(len(shape)) if a != axis]
     if index.dim() == 1 and index.size(0) == length:
-        return index.unsqueeze(0), (axis, *others), 0
+        return index, (axis, *others), 0
+    shape = [*shape[:axis], length, *shape[axis + 1 :]]
     lead = axis if index.dim() == 1 else 0
     viewed = index[(None,) * lead + (...,) + (None,) * (len(shape) - index.dim() - lead)]
     if viewed.dim() != len(shape) or any(n not in (1, m) for n, m in zip(viewed.shape, shape, strict=True)):
@@ -225,8 +229,9 @@ def _unexpanded(
             viewed = viewed.narrow(a, 0, 1)
     axes = (*varying, axis, *(a for a in others if a not in varying))
     sizes = [shape[a] if a == axis or a in varying else 1 for a in range(len(shape))]
-    copies = math.prod([shape[a] for a in varying])
-    return viewed.expand(sizes).permute(axes).reshape(copies, length), axes, len(varying)
+    rows = viewed.expand(sizes).permute(axes)
+    rows = rows.reshape(math.prod([shape[a] for a in varying]), length) if varying else rows.reshape(length)
+    return rows, axes, len(varying)
 
 
 def _flattened(op: str, flat: Any, plain: Callable[[Tensor, int], Tensor], rows: Tensor, size: int) -> Tensor:
