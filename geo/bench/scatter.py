@@ -40,8 +40,8 @@ NEVER_BELOW = 0.95
 TOLERANCE = 1e-4
 FAR = 3.0  # a peer this many times slower than the best one is not timed further
 INTRODUCTION = (
-    "float32, N = E / 20. Median ms of interleaved calls; 'x' is the time of the best peer over ours.",
-    "'given': ptr (sorted rows), plan (unsorted rows, sorted beforehand) or index (nothing done beforehand).",
+    "float32, N = E / 20. Median {} ms of interleaved calls; 'x' is the time of the best peer over ours. 'given': ptr "
+    "(sorted rows), plan (unsorted rows, sorted beforehand) or index (nothing done beforehand)."
 )
 Call = Callable[[], Any]
 Function = Callable[[Tensor], Tensor]
@@ -79,6 +79,9 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--malloc", choices=["default", "tuned", "both"], default="default")
     parser.add_argument("--seconds", type=float, default=1.5, help="for the timing of one line of the grid, about")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each candidate")
+    parser.add_argument(
+        "--clock", choices=["wall", "cpu"], default="wall", help="cpu: with --threads 1 on a busy machine"
+    )
     parser.add_argument("--quick", action="store_true", help="the smallest part of the grid")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--out", type=Path, help="write the page to this file, too")
@@ -90,7 +93,8 @@ def main(argv: Sequence[str]) -> int:
         return 0
     from geo.bench.se_conv import TUNED  # not in the process that measures: it imports more than is timed there
 
-    parts = [f"## scatter, {datetime.date.today().isoformat()}", " ".join(INTRODUCTION)]
+    clock = args.clock if args.device == "cpu" else "GPU"
+    parts = [f"## scatter, {datetime.date.today().isoformat()}", INTRODUCTION.format(clock)]
     print("\n\n".join(parts), flush=True)
     allocators: dict[str, dict[str, str]] = {}
     if args.malloc != "tuned" or args.device == "cuda":
@@ -205,13 +209,13 @@ def rows_of(
     cotangent = torch.randn(num_out, *src.shape[1:], device=src.device) if backward else None
     calls = {name: _call(f, src, cotangent) for name, f in functions.items()}
     expected = reference(op, graph, src, cotangent)
-    clock = "wall" if args.device == "cpu" else "cuda"
+    clock = args.clock if args.device == "cpu" else "cuda"
     times: dict[str, float] = {}
     for name, call in calls.items():
         start = time.perf_counter()
         result = call()
         times[name] = (time.perf_counter() - start) * 1e3
-        check(name, op, graph, result, expected)
+        check(name, op, graph, result, expected, strict=name in mine)
         del result
         if times[name] < 100:  # short enough to be asked again, without what comes with a first call
             times[name] = interleave({name: call}, 1, 1, clock)[name].median
@@ -283,16 +287,20 @@ def reference(op: str, graph: Graph, src: Tensor, cotangent: Tensor | None) -> T
     return torch.cat(parts, 1)
 
 
-def check(name: str, op: str, graph: Graph, actual: Tensor, expected: Tensor) -> None:
-    """Raise AssertionError unless a result is the reference, up to a part of its largest entry."""
+def check(name: str, op: str, graph: Graph, actual: Tensor, expected: Tensor, strict: bool) -> None:
+    """Raise AssertionError unless a result is the reference, up to a part of its largest entry.
+
+    ``strict``, for ours, looks at the shares of long segments, too, by multiplying them with the segment's length, and
+    allows a tenth. (In a segment of 10000 rows the gradient of torch_scatter's logsumexp has three digits.)
+    """
     error = (actual.view_as(expected) - expected).abs_()
     scale = expected.abs()
-    if op in ("softmax", "logsumexp") and expected.size(0) == graph.index.size(0):
-        degree = graph.plan.ptr.diff()[graph.index].unsqueeze(1)  # a share of a segment is about one over its length
+    if strict and op in ("softmax", "logsumexp") and expected.size(0) == graph.index.size(0):
+        degree = graph.plan.ptr.diff()[graph.index].unsqueeze(1)
         error, scale = error.mul_(degree), scale.mul_(degree)
-    worst = float(error.amax() / scale.amax().clamp(min=1))
-    if not worst <= TOLERANCE:
-        raise AssertionError(f"{name}, {op}: off by {worst:.2g} of the largest entry, {TOLERANCE:g} is allowed")
+    worst, allowed = float(error.amax() / scale.amax().clamp(min=1)), TOLERANCE * (1 if strict else 10)
+    if not worst <= allowed:
+        raise AssertionError(f"{name}, {op}: off by {worst:.2g} of the largest entry, {allowed:g} is allowed")
 
 
 def copy_bandwidth() -> float:
