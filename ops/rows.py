@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from geo.ops import bounds, segment
-from geo.ops.plan import SegmentPlan, _is_sorted
+from geo.ops.plan import SegmentPlan
 from geo.ops.registration import define
 from geo.ops.segment import Order
 
@@ -78,7 +78,7 @@ class Rows(NamedTuple):
         assert self.segments is not None
         args = (self.segments, self.copies * self.size)
         ptr, perm = bounds.call(self.op, torch.ops.geo.csr_from_index, args, ())
-        return Order(ptr, None if _is_sorted(self.segments) else perm, self.segments)
+        return Order(ptr, None if _in_order(self.segments, perm) else perm, self.segments)
 
     def counts(self) -> Tensor:
         """The number of rows of each segment, int64 [V * N]."""
@@ -112,6 +112,14 @@ def _call(name: str, op: Any, args: Sequence[Any], checks: Sequence[tuple[str, T
         return bounds.call(name, op, args, checks)
     except IndexError as err:
         raise IndexError(str(err).replace(" dst_index[", " index[")) from None
+
+
+def _in_order(index: Tensor, perm: Tensor) -> bool:
+    """Whether rows stand in CSR order already; not asked where values may not be read."""
+    if torch.compiler.is_compiling() or not bounds.reads_values(index):
+        return False
+    last = index.numel() - 1
+    return last < 0 or (int(perm[-1]) == last and bool((index[1:] >= index[:-1]).all()))
 
 
 def count(index: Tensor | None, size: int) -> Tensor:
@@ -288,11 +296,13 @@ def _gather_index_kernel(src: Tensor, index: Tensor) -> Tensor:
         bad = (index < 0) | (index >= src.size(0))
         rows = src.index_select(0, index.masked_fill(bad, 0))
         return torch.where(bad.view(-1, *[1] * (src.dim() - 1)), 0, rows)
-    if index.numel():
-        low, high = index.aminmax()
-        if int(low) < 0 or int(high) >= src.size(0):
-            bounds.check_index("gather_index", "index", index, src.size(0))
-    return src.index_select(0, index)
+    if index.is_cuda:  # where index_select on a bad index ends all use of the GPU
+        bounds.check_index("gather_index", "index", index, src.size(0))
+    try:
+        return src.index_select(0, index)
+    except (IndexError, RuntimeError):  # it looks at each entry itself, but does not say which is bad
+        bounds.check_index("gather_index", "index", index, src.size(0))
+        raise
 
 
 def _gather_index_fake(src: Tensor, index: Tensor) -> Tensor:
