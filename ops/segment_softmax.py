@@ -46,6 +46,8 @@ def segment_softmax(src: Tensor, ptr: Tensor | SegmentPlan) -> Tensor:
 def segment_log_softmax(src: Tensor, ptr: Tensor | SegmentPlan) -> Tensor:
     r"""Logarithm of :func:`segment_softmax`: :math:`x_e - \log \sum_{e' \in i} \exp(x_{e'})`.
 
+    NaN where the softmax is. Differentiable any number of times.
+
     Args:
         src: [E, *F], floating.
         ptr: int64 [N + 1], or a plan.
@@ -69,7 +71,9 @@ def segment_log_softmax(src: Tensor, ptr: Tensor | SegmentPlan) -> Tensor:
 def segment_logsumexp(src: Tensor, ptr: Tensor | SegmentPlan) -> Tensor:
     r"""Logarithm of the sum of exponentials of each segment, :math:`\log \sum_{e \in i} \exp(x_e)`.
 
-    An empty segment gives 0 (as in torch_scatter; the limit would be -inf). Differentiable any number of times.
+    An empty segment gives 0 (as in torch_scatter; the limit would be -inf). Infinities come out as they should: +inf
+    where there is one, -inf where there is nothing else, and then no gradient. NaN goes through. Differentiable any
+    number of times.
 
     Args:
         src: [E, *F], floating.
@@ -97,7 +101,8 @@ def segment_logsumexp(src: Tensor, ptr: Tensor | SegmentPlan) -> Tensor:
 def segment_std(src: Tensor, ptr: Tensor | SegmentPlan, unbiased: bool = True) -> Tensor:
     r"""Standard deviation of each segment, :math:`\sqrt{\sum_e (x_e - \bar x_i)^2 / \max(n_i - 1, 1)}`.
 
-    Where the deviation is 0 (empty and single rows, equal rows) so is the gradient. Differentiable any number of times.
+    Where the deviation is 0 (empty and single rows, equal rows) so is the gradient. A segment that holds an infinity or
+    NaN gives NaN. Differentiable any number of times.
 
     Args:
         src: [E, *F], floating.

@@ -193,21 +193,23 @@ struct Narrow {
   }
 };
 
-// f(rows) for each tile of columns of the rows at places [begin, end)
 template <class S>
 GEO_INLINE bool is_narrow(const SegmentJob& job) {
   return job.width < vec<typename accumulate<S>::type>::lanes && (job.width & (job.width - 1)) == 0;
 }
+
+// f(rows) for each tile of columns of the rows at places [begin, end)
+template <class S, class F>
+GEO_INLINE void for_narrow_rows(const SegmentJob& job, int64_t begin, int64_t end, F&& f) {
+  if (job.perm)
+    f(Narrow<S, true>{job, begin, end});
+  else
+    f(Narrow<S, false>{job, begin, end});
+}
 template <class S, class F>
 GEO_INLINE void for_tiles(const SegmentJob& job, int64_t begin, int64_t end, F&& f) {
   constexpr int lanes = vec<typename accumulate<S>::type>::lanes;
-  if (is_narrow<S>(job)) {
-    if (job.perm)
-      f(Narrow<S, true>{job, begin, end});
-    else
-      f(Narrow<S, false>{job, begin, end});
-    return;
-  }
+  if (is_narrow<S>(job)) return for_narrow_rows<S>(job, begin, end, f);
   int64_t c = 0;
   for (; c + kTile * lanes <= job.width; c += kTile * lanes) f(Columns<S, kTile, true>{job, begin, end, c, 0});
   for (; c + lanes <= job.width; c += lanes) f(Columns<S, 1, true>{job, begin, end, c, 0});
@@ -509,6 +511,46 @@ struct Kernel {
   }
 };
 
+// Of narrow rows the logarithms are taken many segments at a time, since one segment's would leave most lanes idle.
+template <class S>
+struct LogSumExpKernel : Kernel<S, LogSumExp<S>> {
+  using Base = Kernel<S, LogSumExp<S>>;
+  using T = typename accumulate<S>::type;
+  using V = typename vec<T>::type;
+
+  static void run(const SegmentJob& job, int64_t first, int64_t last) {
+    if (!is_narrow<S>(job)) return Base::run(job, first, last);
+    constexpr int64_t size = kKeptBytes / sizeof(T) / 2;
+    alignas(64) T max[size] = {}, sum[size] = {};
+    const int64_t batch = size / job.width;
+    for (int64_t from = first; from < last; from += batch) {
+      const int64_t to = from + batch < last ? from + batch : last, count = (to - from) * job.width;
+      for (int64_t i = from; i < to; ++i) {
+        for_narrow_rows<S>(job, job.ptr[i], job.ptr[i + 1], [&](const auto& rows) {
+          V state[2][1] = {{V{}}, {V{} + T(1)}};  // of no rows the result is 0
+          if (rows.begin < rows.end) LogSumExp<S>::template reduce<false>(job, rows, state, static_cast<T*>(nullptr));
+          rows.put(max + (i - from) * job.width, 0, state[0][0]);
+          rows.put(sum + (i - from) * job.width, 0, state[1][0]);
+        });
+      }
+      T* out = static_cast<T*>(job.out) + from * job.width;
+      for (int64_t k = 0; k < count; k += vec<T>::lanes) {
+        const V value = logsumexp_value<T>(MaxSum<V>{load(max + k), load(sum + k)});
+        if (k + vec<T>::lanes <= count)
+          store(out + k, value);
+        else
+          store_n(out + k, value, int(count - k));
+      }
+    }
+  }
+
+  static constexpr SegmentKernel table() {
+    SegmentKernel kernel = Base::table();
+    kernel.run = run;
+    return kernel;
+  }
+};
+
 // One kernel out of two, chosen by the job's `log`.
 template <class No, class Yes>
 struct ByLog {
@@ -532,7 +574,7 @@ constexpr SegmentSoftmaxTable table() {
   using Backward = ByLog<Kernel<S, SoftmaxGrad<S, false>>, Kernel<S, SoftmaxGrad<S, true>>>;
   return {{2, Forward::run, Forward::piece, Forward::finish, Forward::write},
           {1, Backward::run, Backward::piece, Backward::finish, Backward::write},
-          Kernel<S, LogSumExp<S>>::table(),
+          LogSumExpKernel<S>::table(),
           Kernel<S, LogSumExpGrad<S>>::table(),
           Kernel<S, Std<S>>::table()};
 }
