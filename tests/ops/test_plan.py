@@ -33,6 +33,29 @@ def test_csr_equals_reference(device, num_edges):
         assert torch.equal(ours, theirs)
 
 
+@pytest.mark.parametrize("num_edges", [1, 1024, 1025, 40000])
+@pytest.mark.parametrize("in_order", [False, True])
+def test_csr_of_any_order_on_any_number_of_threads(num_edges, in_order):
+    index = torch.randint(10, 50, (num_edges,))  # the first and last segments are empty
+    index = index.sort().values if in_order else index
+    wanted = csr_from_index_reference(index, 60)
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            assert all(torch.equal(a, b) for a, b in zip(csr_from_index(index, 60), wanted, strict=True))
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("value", [60, -1, 2**62])
+def test_csr_refuses_a_bad_last_entry(value):
+    index = torch.arange(60)
+    index[-1] = value
+    with pytest.raises(IndexError, match=rf"csr_from_index: index\[59\] = {value} is out of range \[0, 59\]"):
+        csr_from_index(index, 60)
+
+
 def test_empty():
     assert SegmentPlan(torch.zeros(0, dtype=torch.int64)).ptr.tolist() == [0]
     assert SegmentPlan(torch.zeros(0, dtype=torch.int64), 2).ptr.tolist() == [0, 0, 0]

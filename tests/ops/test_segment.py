@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from geo.ops import SegmentPlan, gather_csr, segment_reduce, segment_reduce_reference
-from geo.testing import check_compile, check_derivatives, check_op
+from geo.ops import SegmentPlan, csr_from_index, gather_csr, segment_reduce, segment_reduce_reference
+from geo.testing import assert_close, check_compile, check_derivatives, check_op
 
-REDUCES = ["sum", "mean", "min", "max"]
+REDUCES = ["sum", "mean", "mul", "min", "max"]
 FLOATS = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 nan, inf = float("nan"), float("inf")
 
@@ -20,10 +20,30 @@ def random_ptr(num_segments: int, num_edges: int, device: torch.device | str = "
     return torch.cat([torch.tensor([0]), cuts, torch.tensor([num_edges])]).to(device)
 
 
+def by_loop(src: Tensor, index: Tensor, num_segments: int, reduce: str) -> tuple[Tensor, Tensor]:
+    """The law itself, row by row in float64: the values, and the rows that the extremes stand in."""
+    rows = src.double()
+    out = torch.full((num_segments, *src.shape[1:]), float(reduce == "mul"), dtype=torch.float64)
+    arg = torch.full(out.shape, src.size(0))
+    for e, i in enumerate(index.tolist()):
+        if reduce in ("sum", "mean"):
+            out[i] += rows[e]
+        elif reduce == "mul":
+            out[i] *= rows[e]
+        else:
+            beyond = rows[e] > out[i] if reduce == "max" else rows[e] < out[i]
+            takes = ((beyond | rows[e].isnan()) & ~out[i].isnan()) | (arg[i] == src.size(0))
+            out[i], arg[i] = torch.where(takes, rows[e], out[i]), torch.where(takes, e, arg[i])
+    if reduce == "mean":
+        out /= torch.bincount(index, minlength=num_segments).clamp(min=1).view(-1, *[1] * (src.dim() - 1))
+    return out, arg
+
+
 # the values of three segments, the middle one empty, by reduce
 TABLE = {
     "sum": [[11.0, -3.0], [0.0, 0.0], [7.0, 5.0]],
     "mean": [[5.5, -1.5], [0.0, 0.0], [7.0, 5.0]],
+    "mul": [[10.0, -10.0], [1.0, 1.0], [7.0, 5.0]],
     "min": [[1.0, -5.0], [0.0, 0.0], [7.0, 5.0]],
     "max": [[10.0, 2.0], [0.0, 0.0], [7.0, 5.0]],
 }
@@ -211,8 +231,189 @@ def test_reference_under_torch_func():
     torch.testing.assert_close(grad, 2 * src)
 
 
-def test_unsorted_through_a_plan():
-    index = torch.tensor([2, 0, 2, 1])
-    plan = SegmentPlan(index, 3)
-    src = torch.tensor([1.0, 2.0, 3.0, 4.0])
-    assert segment_reduce(src[plan.perm], plan.ptr).tolist() == [2.0, 4.0, 4.0]
+# -- rows in any order, through a plan ---------------------------------------------------------------------------------
+def test_plan_table(device):
+    plan = SegmentPlan(torch.tensor([2, 0, 2, 1], device=device), 4)
+    src = torch.tensor([1.0, 2.0, 3.0, 4.0], device=device)
+    assert segment_reduce(src, plan).tolist() == [2.0, 4.0, 4.0, 0.0]
+    assert segment_reduce(src, plan, "mean").tolist() == [2.0, 4.0, 2.0, 0.0]
+    assert segment_reduce(src, plan, "mul").tolist() == [2.0, 4.0, 3.0, 1.0]
+    assert segment_reduce(src, plan, "min").tolist() == [2.0, 4.0, 1.0, 0.0]
+    assert segment_reduce(src, plan, "max").tolist() == [2.0, 4.0, 3.0, 0.0]
+    assert torch.ops.geo.segment_extreme(src, plan.ptr, plan.perm, True)[1].tolist() == [1, 3, 2, 4]
+    assert gather_csr(src, plan).tolist() == [3.0, 1.0, 3.0, 2.0]
+
+
+@pytest.mark.parametrize("shape", [(), (2,), (3,), (4,), (7,), (8,), (16,), (17,), (5, 13), (0,), (150,)], ids=str)
+@pytest.mark.parametrize("num_edges", [0, 1, 63, 400])
+@pytest.mark.parametrize("reduce", REDUCES)
+def test_plan_equals_reference_loop(device, reduce, num_edges, shape):
+    for dtype in FLOATS:
+        index = torch.randint(20, (num_edges,))
+        src = (torch.randn(num_edges, *shape).sign() * (0.5 + torch.rand(num_edges, *shape))).to(dtype)
+        for order in (index, index.sort().values):  # segments 20 to 22 are empty
+            plan = SegmentPlan(order.to(device), 23)
+            wanted, arg = by_loop(src, order, 23, reduce)
+            assert_close(segment_reduce(src.to(device), plan, reduce), wanted)
+            values = torch.randn(23, *shape).to(device, dtype)
+            assert torch.equal(gather_csr(values, plan), values[plan.index])
+            ptr, perm = csr_from_index(order.to(device), 23)
+            if reduce in ("min", "max"):
+                found = torch.ops.geo.segment_extreme(src.to(device), ptr, perm, reduce == "max")
+                assert torch.equal(found[1].cpu(), arg)
+            elif reduce == "mul":
+                assert_close(torch.ops.geo.segment_prod(src.to(device), ptr, perm, None), wanted)
+            else:
+                mean = reduce == "mean"
+                assert_close(torch.ops.geo.segment_sum(src.to(device), ptr, perm, None, mean), wanted)
+                assert_close(torch.ops.geo.scatter_sum(src.to(device), order.to(device), 23, mean), wanted)
+            assert torch.equal(torch.ops.geo.gather_csr(values, ptr, perm, None, num_edges), values[plan.index])
+
+
+@pytest.mark.parametrize("reduce", REDUCES)
+def test_plan_hub(device, reduce):
+    """Hubs, cut into pieces or added in parts, among short and empty segments."""
+    lengths = torch.tensor([20000, 3, 0, 8191, 8192, 1, 12289, 5])
+    index = torch.repeat_interleave(torch.arange(8), lengths)[torch.randperm(int(lengths.sum()))]
+    for shape in ((), (3,), (70,)):
+        src = 1 + torch.rand(index.size(0), *shape) / 1e4 if reduce == "mul" else torch.rand(index.size(0), *shape)
+        wanted, _ = by_loop(src, index, 8, reduce)
+        assert_close(segment_reduce(src.to(device), SegmentPlan(index.to(device), 8), reduce), wanted)
+        if reduce in ("sum", "mean"):
+            assert_close(torch.ops.geo.scatter_sum(src.to(device), index.to(device), 8, reduce == "mean"), wanted)
+
+
+@pytest.mark.parametrize("mean", [False, True])
+def test_plan_of_more_sums_than_fit_the_caches(device, mean):
+    index, src = torch.randint(70000, (500,)), torch.randn(500, 130)
+    wanted, _ = by_loop(src, index, 70000, "mean" if mean else "sum")
+    src, index = src.to(device), index.to(device)
+    assert_close(segment_reduce(src, SegmentPlan(index, 70000), "mean" if mean else "sum"), wanted)
+    assert_close(torch.ops.geo.scatter_sum(src, index, 70000, mean), wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
+@pytest.mark.parametrize("reduce", ["sum", "mul", "min", "max"])
+def test_plan_integers(device, reduce, dtype):
+    index, src = torch.tensor([2, 0, 2, 1, 0, 2]), torch.randint(-5, 6, (6, 3), dtype=dtype)
+    plan = SegmentPlan(index.to(device), 4)
+    out = segment_reduce(src.to(device), plan, reduce)
+    assert out.dtype == dtype
+    assert out.tolist() == by_loop(src, index, 4, reduce)[0].tolist()
+    assert torch.equal(gather_csr(out, plan), out[plan.index])
+
+
+@pytest.mark.parametrize("reduce", ["min", "max"])
+@pytest.mark.parametrize("width", [1, 5, 16, 70])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_plan_extreme_ties_and_nan(device, reduce, width, dtype):
+    column = torch.tensor([3, 1, nan, 3, 1, 7, nan, 1, -inf, inf, -inf, inf], dtype=dtype)
+    index = torch.tensor([1, 1, 0, 1, 1, 0, 0, 1, 3, 3, 3, 3])
+    src = column.unsqueeze(1).repeat(1, width)
+    wanted, arg = by_loop(src, index, 4, reduce)
+    plan = SegmentPlan(index.to(device), 4)
+    leaf = src.to(device).requires_grad_()
+    out = segment_reduce(leaf, plan, reduce)
+    assert_close(out, wanted)
+    out.sum().backward()
+    assert leaf.grad[:, -1].nonzero().flatten().tolist() == sorted(arg[[0, 1, 3], 0].tolist())
+
+
+@pytest.mark.parametrize("reduce", REDUCES)
+def test_plan_non_contiguous(device, reduce):
+    index = torch.randint(6, (40,))
+    src = torch.randn(5, 40, 3).transpose(0, 1)[:, ::2]
+    wanted, _ = by_loop(src, index, 7, reduce)
+    assert_close(
+        segment_reduce(src.to(device), SegmentPlan(torch.stack([index, index], 1)[:, 0].to(device), 7), reduce), wanted
+    )
+
+
+@pytest.mark.parametrize("reduce", REDUCES)
+def test_plan_derivatives(device, reduce):
+    plan = SegmentPlan(torch.tensor([3, 0, 3, 1, 1, 3], device=device), 4)
+    check_derivatives(lambda s: segment_reduce(s, plan, reduce), (torch.randn(6, 3, device=device),))
+    check_derivatives(lambda s: gather_csr(s * s, plan), (torch.randn(4, 3, device=device),))
+
+
+def test_gradient_of_a_product_with_zeros(device):
+    src = torch.tensor([2.0, 0.0, 3.0, 0.0, 0.0, 5.0], device=device, requires_grad=True)
+    segment_reduce(src, torch.tensor([0, 3, 6], device=device), "mul").sum().backward()
+    assert src.grad.tolist() == [0.0, 6.0, 0.0, 0.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_plan_opcheck(device, grad):
+    index = torch.tensor([3, 0, 3, 1, 1, 3], device=device)
+    plan = SegmentPlan(index, 4)
+    src = torch.randn(6, 3, device=device, requires_grad=grad)
+    opcheck, ops = torch.library.opcheck, torch.ops.geo
+    opcheck(ops.segment_prod.default, (src, plan.ptr, plan.perm, index))
+    opcheck(ops.gather_csr.default, (src[:4].detach().requires_grad_(grad), plan.ptr, plan.perm, index, 6))
+    for flag in (False, True):
+        opcheck(ops.segment_sum.default, (src, plan.ptr, plan.perm, index, flag))
+        opcheck(ops.segment_extreme.default, (src, plan.ptr, plan.perm, flag))
+        opcheck(ops.scatter_sum.default, (src.detach(), index, 4, flag))
+
+
+@pytest.mark.parametrize("reduce", REDUCES)
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_plan_compile(device, reduce, dynamic):
+    plan = SegmentPlan(torch.tensor([3, 0, 3, 1, 1, 3], device=device), 4)
+    check_compile(
+        lambda s: segment_reduce(torch.sin(s), plan, reduce), (torch.randn(6, 3, device=device),), dynamic=dynamic
+    )
+
+
+@pytest.mark.parametrize("reduce", REDUCES)
+def test_plan_same_bits_on_any_number_of_threads(reduce):
+    lengths = torch.tensor([30000, 5, 2000, 9000, 0, 7])
+    index = torch.repeat_interleave(torch.arange(6), lengths)[torch.randperm(int(lengths.sum()))]
+    threads = torch.get_num_threads()
+    for shape, dtype in (((), torch.float32), ((17,), torch.float32), ((40,), torch.float32), ((3,), torch.bfloat16)):
+        src = torch.randn(index.size(0), *shape).to(dtype)
+        try:
+            results = []
+            for count in (1, 2) * 10:
+                torch.set_num_threads(count)
+                plan = SegmentPlan(index, 6)
+                results.append(
+                    [segment_reduce(src, plan, reduce), torch.ops.geo.scatter_sum(src, index, 6, True), plan.perm]
+                )
+        finally:
+            torch.set_num_threads(threads)
+        assert all(torch.equal(a, b) for r in results for a, b in zip(r, results[0], strict=True))
+
+
+@pytest.mark.parametrize("width", [1, 4, 40])
+def test_bad_perm_and_index(width):
+    src, ptr = torch.zeros(6, width), torch.tensor([0, 2, 6])
+    perm, index = torch.tensor([1, 0, 2, 3, 4, 5]), torch.tensor([1, 0, 1, 1, 1, 1])
+    ops = torch.ops.geo
+    for value in (6, -1, 2**62):
+        bad = perm.clone()
+        bad[3] = value
+        for call in (
+            lambda p=bad: ops.segment_sum(src, ptr, p, None, False),
+            lambda p=bad: ops.segment_prod(src, ptr, p, None),
+            lambda p=bad: ops.segment_extreme(src, ptr, p, True),
+            lambda p=bad: ops.gather_csr(src[:2], ptr, p, None, 6),
+        ):
+            with pytest.raises((IndexError, RuntimeError), match=rf"edge_perm\[3\] = {value} is out of range \[0, 5\]"):
+                call()
+        bad = index.clone()
+        bad[3] = value
+        sentence = rf"dst_index\[3\] = {value} is out of range \[0, 1\]"
+        with pytest.raises((IndexError, RuntimeError), match=sentence):
+            ops.segment_sum(src, ptr, perm, bad, False)
+        with pytest.raises((IndexError, RuntimeError), match=sentence):
+            ops.gather_csr(src[:2], ptr, perm, bad, 6)
+        for order in (bad, torch.tensor([0, 0, 0, value])):
+            with pytest.raises((IndexError, RuntimeError), match=rf"scatter_sum: index\[3\] = {value} is out of range"):
+                ops.scatter_sum(src[: order.size(0)], order, 2, False)
+    plan = SegmentPlan(index, 2)
+    plan.perm = torch.tensor([1, 9, 2, 3, 4, 5])
+    with pytest.raises(IndexError, match=r"segment_reduce: edge_perm\[1\] = 9 is out of range \[0, 5\]"):
+        segment_reduce(src, plan, "max")
+    with pytest.raises(ValueError, match="src has 5 rows, the plan was built for 6"):
+        segment_reduce(src[:5], plan)

@@ -78,6 +78,20 @@ GEO_INLINE void store_first(float* p, vfloat v, int n) { _mm256_maskstore_ps(p, 
 GEO_INLINE void store_first(double* p, vdouble v, int n) { _mm256_maskstore_pd(p, first4(n), (__m256d)v); }
 #endif
 
+// Bit l: whether lane l of a comparison holds.
+template <class S>
+GEO_INLINE uint32_t lane_bits(Int<S> holds) {
+  uint32_t bits = 0;
+#if GEO_SIMD_LEVEL == 2
+  bits = lanes_of<S> == 16 ? _mm512_movepi32_mask((__m512i)holds) : _mm512_movepi64_mask((__m512i)holds);
+#elif GEO_SIMD_LEVEL == 1
+  bits = lanes_of<S> == 8 ? _mm256_movemask_ps((__m256)holds) : _mm256_movemask_pd((__m256d)holds);
+#else
+  GEO_UNROLL(16) for (int l = 0; l < lanes_of<S>; ++l) bits |= uint32_t(holds[l] & 1) << l;
+#endif
+  return bits;
+}
+
 // v where `where` holds, else w.
 template <class I, class V>
 GEO_INLINE V select(I where, V v, V w) {
@@ -165,15 +179,21 @@ GEO_INLINE Packing<S> packing(int64_t width) {
 }
 template <class Op, class S>
 GEO_INLINE Vec<S> fold(const Packing<S>& pack, Vec<S> v) {
-  GEO_UNROLL(1) for (int k = 0; k < pack.folds; ++k) v = Op::apply(v, Vec<S>(__builtin_shuffle(v, pack.from[k])));
+  GEO_UNROLL(4) for (int k = 0; k < kMaxFolds; ++k)
+    if (k < pack.folds) v = Op::apply(v, Vec<S>(__builtin_shuffle(v, pack.from[k])));
   return v;
 }
 
-GEO_INLINE int at_most(int64_t n, int step) { return n < step ? int(n) : step; }
+// The lesser, without a branch: lengths of segments are hard to predict.
+GEO_INLINE int at_most(int64_t n, int step) {
+  const int64_t over = n - step;
+  return int(step + (over & over >> 63));
+}
 
 template <class Op, class S>
 GEO_INLINE Vec<S> reduce_packed(const Packing<S>& pack, const S* p, int64_t num) {
   const int first = at_most(num, pack.step);
+  for (int line = 0; line < 2; ++line) prefetch(reinterpret_cast<const char*>(p) + 1024 + 64 * line);
   Vec<S> v = load_or_neutral<Op>(p, first);
   v = Op::apply(v, load_or_neutral<Op>(p + first, at_most(num - first, pack.step)));
   for (int64_t c = 2 * pack.step; c < num; c += pack.step)
@@ -192,11 +212,23 @@ GEO_INLINE Int<S> find_packed(const Packing<S>& pack, const S* p, int64_t num, V
     at = select(hit & (row < at), row, at);
     row += Lane<S>(pack.rows);
   }
-  GEO_UNROLL(1) for (int k = 0; k < pack.folds; ++k) {
+  GEO_UNROLL(4) for (int k = 0; k < kMaxFolds; ++k) {
+    if (k >= pack.folds) continue;
     const Int<S> other = __builtin_shuffle(at, pack.from[k]);
     at = select(other < at, other, at);
   }
   return at;
+}
+// The same for a single column, where lanes are rows: one of them attains the value.
+template <class Op, class S>
+GEO_INLINE int64_t find_in_column(const S* p, int64_t num, Acc<S> value) {
+  constexpr int L = lanes_of<S>;
+  for (int64_t c = 0;; c += 2 * L) {
+    const int n = at_most(num - c, 2 * L), first = at_most(n, L);
+    const Vec<S> v = load_or_neutral<Op>(p + c, first), w = load_or_neutral<Op>(p + c + first, n - first);
+    const uint32_t hits = lane_bits<S>((v == value) | (v != v)) | lane_bits<S>((w == value) | (w != w)) << L;
+    if (hits) return c + __builtin_ctz(hits);
+  }
 }
 
 // -- rows one by one ---------------------------------------------------------------------------------------------------
@@ -355,8 +387,12 @@ GEO_INLINE void extreme_packed(const SegmentArgs& a, const Packing<S>& pack, int
   const S* p = static_cast<const S*>(a.src) + begin * a.width;
   const int64_t num = (end - begin) * a.width;
   const Vec<S> value = reduce_packed<Op>(pack, p, num);
-  const Int<S> at = find_packed<Op>(pack, p, num, value);
   store_first(to, value, pack.width);
+  if (pack.width == 1) {
+    *arg = begin + find_in_column<Op>(p, num, value[0]);
+    return;
+  }
+  const Int<S> at = find_packed<Op>(pack, p, num, value);
   Lane<S> row[lanes_of<S>];
   memcpy(row, &at, sizeof(at));
   for (int f = 0; f < pack.width; ++f) arg[f] = begin + row[f];
@@ -483,10 +519,15 @@ GEO_INLINE void copy_row(char* to, const char* from, int64_t bytes) {
 
 template <int Bytes, bool Stream>
 Outcome take_rows(const RowsArgs& a, int64_t begin, int64_t end) {
-  for (int64_t e = begin; e < end; ++e) {
-    const int64_t s = a.index[e];
-    if (uint64_t(s) >= uint64_t(a.num_segments)) return {kDstIndex, e};
-    copy_row<Bytes, Stream>(a.to + e * (Bytes ? Bytes : a.bytes), a.from + s * (Bytes ? Bytes : a.bytes), a.bytes);
+  constexpr int64_t kGroup = 64;  // looked at before any of their rows is read
+  const int64_t bytes = Bytes ? Bytes : a.bytes;
+  for (int64_t first = begin; first < end; first += kGroup) {
+    const int64_t last = first + kGroup < end ? first + kGroup : end;
+    bool bad = false;
+    for (int64_t e = first; e < last; ++e) bad |= uint64_t(a.index[e]) >= uint64_t(a.num_segments);
+    for (int64_t e = first; bad && e < last; ++e)
+      if (uint64_t(a.index[e]) >= uint64_t(a.num_segments)) return {kDstIndex, e};
+    for (int64_t e = first; e < last; ++e) copy_row<Bytes, Stream>(a.to + e * bytes, a.from + a.index[e] * bytes, bytes);
   }
   if (Stream) stream_fence();
   return kFine;
