@@ -39,17 +39,17 @@ class Rows(NamedTuple):
         return math.prod([self.shape[axis] for axis in self.axes[: self.varying]]) if self.varying else 1
 
     @property
-    def in_place(self) -> bool:
-        """Whether the caller's tensor is the rows."""
+    def is_rows(self) -> bool:
+        """Whether the caller's tensor is [E, *S] as it stands."""
         return self.axes[0] == 0 and not self.varying
 
     def flat(self, src: Tensor) -> Tensor:
         """[..., n at dim, ...] as [V * n, *S]."""
-        return src if self.in_place else src.permute(self.axes).flatten(0, self.varying)
+        return src if self.is_rows else src.permute(self.axes).flatten(0, self.varying)
 
     def back(self, rows: Tensor, num: int) -> Tensor:
         """[V * num, *S] in the caller's shape, with ``num`` at dim."""
-        if self.in_place:
+        if self.is_rows:
             return rows
         sizes = [num if i == self.varying else self.shape[axis] for i, axis in enumerate(self.axes)]
         return self._unpermute(rows.reshape(sizes))

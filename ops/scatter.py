@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from geo.ops import bounds, segment
+from geo.ops.gather_mul import widen
 from geo.ops.plan import SegmentPlan, csr_from_index_reference
 from geo.ops.rows import Rows, by_index, refuse_functorch
 from geo.ops.segment import Reduce, segment_reduce_reference
@@ -334,14 +335,18 @@ def reduce_rows(
         result = rows.back(segment.product(values, rows.sorted(), op), rows.size)
         result = result if out is None else out.mul_(result)
         return result, result
-    mean = reduce == "mean"
-    fused = mean and out is None and src.is_floating_point()
-    result = rows.back(rows.total(values, fused), rows.size)
-    if out is not None:
-        result = out.add_(result)
-    if mean and not fused:
+    if reduce == "mean" and (out is not None or not src.is_floating_point()):
+        # in float32 or int64: neither the sum nor the count need fit into the dtype of src
+        wide = rows.total(widen(values) if src.is_floating_point() else values.long())
+        result = rows.back(wide, rows.size)
+        if out is not None:
+            result = result + out
         many = rows.per_segment(rows.counts().clamp(min=1)).to(result.dtype)
-        result = result.div_(many, rounding_mode=None if src.is_floating_point() else rounding)
+        result = result.div(many, rounding_mode=None if src.is_floating_point() else rounding)
+        result = result.to(src.dtype) if out is None else out.copy_(result)
+        return result, result
+    result = rows.back(rows.total(values, reduce == "mean"), rows.size)
+    result = result if out is None else out.add_(result)
     return result, result
 
 
@@ -394,7 +399,7 @@ def scatter_reference(
     dim_size: int | None = None,
     reduce: str = "sum",
 ) -> Tensor:
-    """The functions of this file in plain PyTorch, which works under torch.func.
+    """The functions by index in plain PyTorch, which works under torch.func; ``src`` is floating.
 
     ``reduce`` is one of :func:`scatter`'s, "std", "logsumexp", "softmax" or "log_softmax". For ``segment_*_coo`` pass
     ``dim = index.dim() - 1``.

@@ -60,8 +60,8 @@ def scatter_std(
     std = rows.back(std, rows.size)
     if out is None:
         return std * (freedom / (freedom + 1e-6)).sqrt().to(std.dtype)
-    out.add_(std * std * freedom.to(std.dtype))
-    return (out / (freedom + 1e-6).to(std.dtype)).sqrt()
+    out.add_((widen(std).square() * freedom).to(out.dtype))
+    return (widen(out) / (freedom + 1e-6)).sqrt().to(out.dtype)
 
 
 def scatter_logsumexp(

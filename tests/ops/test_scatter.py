@@ -257,6 +257,16 @@ def test_narrow_types_are_summed_in_float32(device, dtype):
     assert ops.scatter_mean(src, index).tolist() == [1.0]
 
 
+def test_means_whose_sums_do_not_fit(device):
+    index = torch.zeros(300, dtype=torch.int64, device=device)
+    src = torch.full((300,), 200, dtype=torch.uint8, device=device)
+    assert ops.scatter_mean(src, index).tolist() == [200]
+    assert ops.scatter_mean(src[:255], index[:255], out=src[:1].clone()).tolist() == [200]
+    src = torch.full((300,), 1000, dtype=torch.float16, device=device)
+    assert ops.scatter_mean(src, index).tolist() == [1000]
+    assert ops.scatter_mean(src, index, out=torch.zeros_like(src[:1])).tolist() == [1000]
+
+
 @pytest.mark.parametrize("reduce", ["min", "max"])
 def test_nan_and_inf(device, reduce):
     src = torch.tensor([1, nan, 3, nan, inf, -inf, -1, -inf], device=device)
