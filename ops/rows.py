@@ -125,7 +125,7 @@ def _in_order(index: Tensor, perm: Tensor) -> bool:
 def count(index: Tensor | None, size: int) -> Tensor:
     """How often each of 0 .. size - 1 stands in ``index``."""
     assert index is not None
-    return index.new_zeros(size).index_add(0, index, torch.ones_like(index))
+    return index.new_zeros(size).index_add_(0, index, index.new_ones(()).expand_as(index))
 
 
 # -- what a call's index, ptr or plan means ----------------------------------------------------------------------------
