@@ -31,6 +31,7 @@ help:
 	@echo "make bench       the benchmarks that the targets are stated for"
 	@echo "make cuda-check  compile the CUDA kernels (needs no GPU)"
 	@echo "make simd-check  the AVX-512 kernels really use 512-bit registers"
+	@echo "make sanitize    the op tests on CPU kernels built with the address and undefined-behaviour sanitizers"
 	@echo "make clean       remove .venv and build"
 
 # torch first, under the constraint: the kernels are compiled against the torch that will run them, while pip fetches the rest.
@@ -91,6 +92,24 @@ cuda-check: $(VENV)/.deps
 .PHONY: simd-check
 simd-check: install
 	$(BIN)/python csrc/simd_check.py
+
+# Python itself is not instrumented, so the runtimes must be there first; leaks are not looked for (Python's are many).
+# Left out: tests that start other processes, compile graphs or differentiate twice, which reach no further kernel.
+# -O1 at the end of the command: optimised further, checked kernels take several times as long to compile. In a folder where
+# simd-check does not look for what it checks.
+SANITIZE := -fsanitize=address,undefined -fno-sanitize=vptr -fno-sanitize-recover=all -g1
+SANITIZE_RULE := <CMAKE_CXX_COMPILER> <DEFINES> <INCLUDES> <FLAGS> -O1 -o <OBJECT> -c <SOURCE>
+SANITIZE_SKIP := simd or library or info or package or plain_pytorch or memory or compile or inductor or opcheck or derivatives
+.PHONY: sanitize
+sanitize: install
+	PATH="$(CURDIR)/$(BIN):$$PATH" GEO_CPU=ON GEO_CUDA=OFF cmake -S . -B $(VENV)/sanitize -G Ninja -DCMAKE_BUILD_TYPE=Release \
+	  -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python -DCMAKE_CXX_FLAGS="$(SANITIZE)" \
+	  -DCMAKE_CXX_COMPILE_OBJECT="$(SANITIZE_RULE)" >/dev/null
+	$(BIN)/cmake --build $(VENV)/sanitize
+	runtimes=$$(for name in libasan.so libubsan.so libstdc++.so; do $(firstword $(CXX)) -print-file-name=$$name; done); \
+	LD_PRELOAD="$$(echo $$runtimes)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	  GEO_LIBRARY_DIR=$(CURDIR)/$(VENV)/sanitize OMP_NUM_THREADS=2 \
+	  $(BIN)/python -m pytest -q -p no:cacheprovider -m "not slow" -k "not ($(SANITIZE_SKIP))" tests/ops
 
 .PHONY: clean
 clean:
