@@ -15,25 +15,47 @@ from geo.nn.ponita import PONITA
 from geo.nn.se_conv import ConvNeXtBlock, PointConv, PoniConv
 
 if TYPE_CHECKING:
-    from types import ModuleType
+    from typing import Any
 
     from geo.nn import aggr
+    from geo.nn.aggr import (
+        MaxAggregation,
+        MeanAggregation,
+        MinAggregation,
+        MulAggregation,
+        MultiAggregation,
+        SoftmaxAggregation,
+        StdAggregation,
+        SumAggregation,
+        VarAggregation,
+    )
 
 __all__ = [
     "PONITA",
     "ConvNeXtBlock",
     "FrameGrid",
     "KernelBasis",
+    "MaxAggregation",
+    "MeanAggregation",
+    "MinAggregation",
+    "MulAggregation",
+    "MultiAggregation",
     "OrientationGrid",
     "PointConv",
     "PoniConv",
     "SE2Conv",
     "SE3Conv",
+    "SoftmaxAggregation",
+    "StdAggregation",
+    "SumAggregation",
+    "VarAggregation",
     "aggr",
 ]
 
 
-def __getattr__(name: str) -> ModuleType:
+def __getattr__(name: str) -> Any:
     if name == "aggr":
         return importlib.import_module("geo.nn.aggr")
+    if name in __all__:
+        return getattr(importlib.import_module("geo.nn.aggr"), name)
     raise AttributeError(f"module 'geo.nn' has no attribute {name!r}")
