@@ -1,5 +1,5 @@
 #pragma once
-// What the launchers in gather_mul.cpp and segment.cpp call: leaf kernels over raw pointers, one table per SIMD level.
+// What the launchers in gather_mul.cpp call: leaf kernels over raw pointers, one table per SIMD level.
 #include <stdint.h>
 
 #include "simd_level.h"
@@ -46,16 +46,6 @@ struct GatherMul {
   bool stream;  // store past the caches
 };
 
-struct SegmentExtreme {
-  const void* src;
-  void* out;
-  int64_t* arg;
-  const int64_t* ptr;
-  const int64_t* perm;  // null: the place itself; otherwise checked before
-  int64_t num_edges, num_features;
-  bool largest;
-};
-
 struct GatherMulTable {
   // segments [first, last) to out; `scratch` holds one row of features in the accumulation type
   Outcome (*sum_segments)(const GatherMulSum&, int64_t first, int64_t last, void* scratch);
@@ -65,8 +55,6 @@ struct GatherMulTable {
   void (*sum_rows)(const GatherMulSum&, int64_t i, const void* rows, int64_t count, int64_t length);
   // edges [begin, end); `scratch` holds one row of weights in the accumulation type
   Outcome (*product)(const GatherMul&, int64_t begin, int64_t end, void* scratch);
-  // edges [begin, end) to one row of values and their positions; begin < end
-  void (*extreme)(const SegmentExtreme&, int64_t begin, int64_t end, void* value, int64_t* arg);
 };
 
 GEO_DECLARE_TABLE(GatherMulTable, gather_mul_float)

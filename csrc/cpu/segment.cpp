@@ -103,12 +103,8 @@ void reduce_segments(const char* op, const SegmentArgs& a, Combine combine, int6
   }
 }
 
-// Whether unsorted rows are added where they belong, in the order they stand, rather than fetched through a permutation:
-// narrow rows, and those whose sums fit the caches.
-bool adds_in_place(int64_t size, int64_t width) {
-  constexpr int64_t kNarrow = 32, kCached = int64_t(1) << 23;  // features, and features of all sums
-  return width > 0 && (width <= kNarrow || size * width <= kCached);
-}
+// Unsorted rows this narrow are added where they belong, in the order they stand, not fetched through a permutation.
+bool adds_in_place(int64_t width) { return width > 0 && width <= 32; }
 
 // The rows are cut into a number of parts that depends on the sizes alone; each part has an output of its own, and the
 // outputs are added in order. Counts come from ptr, or, where that is null and a mean is wanted, are taken alongside.
@@ -121,7 +117,9 @@ void add_rows(const char* op, const char* index_name, const ScatterArgs& a, cons
   int64_t parts = 1;
   while (parts < 16 && parts * (a.size + 4096) * 8 <= a.num_rows) parts *= 2;
   advise_huge_pages(out, num * int64_t(sizeof(S)));
-  const std::unique_ptr<T[]> buffer(new T[(kSame ? parts - 1 : parts) * num]);
+  const int64_t extra = (kSame ? parts - 1 : parts) * num;
+  const std::unique_ptr<T[]> buffer(new T[extra]);
+  if (extra) advise_huge_pages(buffer.get(), extra * int64_t(sizeof(T)));
   const bool counted = mean && !ptr;
   const std::unique_ptr<int64_t[]> counts(counted ? new int64_t[parts * a.size] : nullptr);
   auto part = [&](int64_t k) {
@@ -166,7 +164,7 @@ Tensor segment_sum_cpu(const Tensor& src, const Tensor& ptr, const std::optional
   Tensor out = torch::stable::new_empty(s.src, with_rows(s.src, s.num_segments));
   dispatch_floating(s.src.scalar_type(), op, [&](auto zero) {
     using S = decltype(zero);
-    if (s.perm && s.index && adds_in_place(s.num_segments, s.width)) {
+    if (s.perm && s.index && adds_in_place(s.width)) {
       const ScatterArgs a{read<S>(s.src), index_data(*s.index), s.num_rows, s.num_segments, s.width};
       add_rows(op, "dst_index", a, index_data(s.ptr), mean, write<S>(out));
     } else {
@@ -358,7 +356,7 @@ std::tuple<Tensor, Tensor> csr_from_index_cpu(const Tensor& index_, int64_t size
   return {ptr, perm};
 }
 
-// Sum (or mean) of the rows with each index: sorted rows as segments, others in place, or sorted first.
+// Sum (or mean) of the rows with each index: sorted rows as segments, narrow ones in place, others sorted first.
 Tensor scatter_sum_cpu(const Tensor& src_, const Tensor& index_, int64_t size, bool mean) {
   constexpr const char* op = "scatter_sum";
   check_index_dtype(index_, op, "index");
@@ -373,7 +371,7 @@ Tensor scatter_sum_cpu(const Tensor& src_, const Tensor& index_, int64_t size, b
     using S = decltype(zero);
     SegmentArgs a{read<S>(src), write<S>(out), nullptr, p, nullptr, num_rows, width, mean};
     if (!sorted_ptr(i, num_rows, size, p)) {
-      if (adds_in_place(size, width))
+      if (adds_in_place(width))
         return add_rows(op, "index", {a.src, i, num_rows, size, width}, nullptr, mean, write<S>(out));
       Tensor perm = torch::stable::new_empty(index, {num_rows});
       a.perm = write<int64_t>(perm);

@@ -284,7 +284,7 @@ def test_plan_hub(device, reduce):
 
 
 @pytest.mark.parametrize("mean", [False, True])
-def test_plan_of_more_sums_than_fit_the_caches(device, mean):
+def test_plan_of_far_more_segments_than_rows(device, mean):
     index, src = torch.randint(70000, (500,)), torch.randn(500, 130)
     wanted, _ = by_loop(src, index, 70000, "mean" if mean else "sum")
     src, index = src.to(device), index.to(device)

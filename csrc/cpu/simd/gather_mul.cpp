@@ -1,4 +1,4 @@
-// Leaf kernels of the segment and gather-multiply ops, compiled once per SIMD level (see vec.h).
+// Leaf kernels of the gather-multiply ops, compiled once per SIMD level (see vec.h).
 #include "../gather_mul_table.h"
 
 #include "../../segments.h"
@@ -192,18 +192,6 @@ Outcome sum_edges_to(const GatherMulSum& a, int64_t begin, int64_t end, Acc<S>* 
   return kFine;
 }
 
-// One contiguous column: lanes run along the edges.
-template <class S>
-Acc<S> sum_column(const S* src, int64_t num) {
-  typedef typename vec<Acc<S>>::type V;
-  constexpr int L = vec<Acc<S>>::lanes;
-  V sum = {};
-  int64_t k = 0;
-  for (; k + L <= num; k += L) sum += load(src + k);
-  if (k < num) sum += load_n(src + k, int(num - k));
-  return sum_lanes<Acc<S>>(sum);
-}
-
 template <class S>
 void finish_row(const Acc<S>* row, S* out, int64_t num, int64_t length, bool mean) {
   const Acc<S> divisor = mean && length > 1 ? Acc<S>(length) : Acc<S>(1);
@@ -225,18 +213,13 @@ struct same<double> {
 template <class S>
 Outcome sum_segments(const GatherMulSum& a, int64_t first, int64_t last, void* scratch) {
   S* out = static_cast<S*>(a.out);
-  const bool column = a.num_features == 1 && !a.w && !a.src && !a.perm;
   for (int64_t i = first; i < last; ++i) {
     const int64_t begin = a.ptr[i], end = a.ptr[i + 1];
     S* to = out + i * a.num_features;
     const bool direct = same<S>::value && !a.mean;
     Acc<S>* row = direct ? reinterpret_cast<Acc<S>*>(to) : static_cast<Acc<S>*>(scratch);
-    if (column) {
-      *row = sum_column(static_cast<const S*>(a.x) + begin, end - begin);
-    } else {
-      const Outcome outcome = sum_edges_to<S>(a, begin, end, row);
-      if (outcome.fault != kNoFault) return outcome;
-    }
+    const Outcome outcome = sum_edges_to<S>(a, begin, end, row);
+    if (outcome.fault != kNoFault) return outcome;
     if (!direct) finish_row(row, to, a.num_features, end - begin, a.mean);
   }
   return kFine;
@@ -379,56 +362,10 @@ Outcome product(const GatherMul& a, int64_t begin, int64_t end, void* scratch) {
   return kFine;
 }
 
-// value[f], arg[f]: the first of the largest (smallest) of src[begin:end, f]; the first NaN where there is one.
-// Width features from f on:
-template <class S, bool Largest, int Width>
-GEO_INLINE void extreme_columns(const SegmentExtreme& a, int64_t begin, int64_t end, int64_t f, S* value, int64_t* arg) {
-  typedef Acc<S> T;
-  const S* src = static_cast<const S*>(a.src);
-  const int64_t num = a.num_features;
-  T best[Width];
-  int32_t at[Width];  // relative to begin: a segment or piece has fewer than 2 * kHubChunk edges
-  const int64_t* perm = a.perm;
-  const S* row = src + (perm ? perm[begin] : begin) * num + f;
-  for (int j = 0; j < Width; ++j) {
-    best[j] = widen(row[j]);
-    at[j] = 0;
-  }
-  for (int64_t k = 1; k < end - begin; ++k) {
-    row = perm ? src + perm[begin + k] * num + f : row + num;
-    GEO_UNROLL(1) for (int j = 0; j < Width; ++j) {
-      const T v = widen(row[j]);
-      const bool better = ((Largest ? v > best[j] : v < best[j]) | (v != v)) & (best[j] == best[j]);
-      best[j] = better ? v : best[j];
-      at[j] = better ? int32_t(k) : at[j];
-    }
-  }
-  for (int j = 0; j < Width; ++j) {
-    arg[f + j] = perm ? perm[begin + at[j]] : begin + at[j];
-    value[f + j] = src[arg[f + j] * num + f + j];
-  }
-}
-template <class S, bool Largest>
-void extreme_of(const SegmentExtreme& a, int64_t begin, int64_t end, void* value, int64_t* arg) {
-  constexpr int L = vec<Acc<S>>::lanes;
-  S* to = static_cast<S*>(value);
-  int64_t f = 0;
-  for (; f + 4 * L <= a.num_features; f += 4 * L) extreme_columns<S, Largest, 4 * L>(a, begin, end, f, to, arg);
-  for (; f + L <= a.num_features; f += L) extreme_columns<S, Largest, L>(a, begin, end, f, to, arg);
-  for (; f < a.num_features; ++f) extreme_columns<S, Largest, 1>(a, begin, end, f, to, arg);
-}
-template <class S>
-void extreme(const SegmentExtreme& a, int64_t begin, int64_t end, void* value, int64_t* arg) {
-  if (a.largest)
-    extreme_of<S, true>(a, begin, end, value, arg);
-  else
-    extreme_of<S, false>(a, begin, end, value, arg);
-}
-
 }  // namespace
 
 #define GEO_TABLE(name, S) \
-  const GatherMulTable name = {sum_segments<S>, sum_edges<S>, sum_rows<S>, product<S>, extreme<S>};
+  const GatherMulTable name = {sum_segments<S>, sum_edges<S>, sum_rows<S>, product<S>};
 GEO_TABLE(gather_mul_float, float)
 GEO_TABLE(gather_mul_double, double)
 GEO_TABLE(gather_mul_bfloat16, bfloat16)

@@ -518,7 +518,8 @@ GEO_INLINE void copy_row(char* to, const char* from, int64_t bytes) {
 }
 
 template <int Bytes, bool Stream>
-Outcome take_rows(const RowsArgs& a, int64_t begin, int64_t end) {
+Outcome take_rows(const RowsArgs& args, int64_t begin, int64_t end) {
+  const RowsArgs a = args;  // a copy, which stores to bytes cannot change
   constexpr int64_t kGroup = 64;  // looked at before any of their rows is read
   const int64_t bytes = Bytes ? Bytes : a.bytes;
   for (int64_t first = begin; first < end; first += kGroup) {
@@ -534,7 +535,8 @@ Outcome take_rows(const RowsArgs& a, int64_t begin, int64_t end) {
 }
 
 template <int Bytes, bool Stream>
-Outcome spread_rows(const RowsArgs& a, int64_t begin, int64_t end) {
+Outcome spread_rows(const RowsArgs& args, int64_t begin, int64_t end) {
+  const RowsArgs a = args;  // a copy, which stores to bytes cannot change
   const int64_t bytes = Bytes ? Bytes : a.bytes;
   int64_t low = 0, high = a.num_segments;  // the last segment that starts at or before `begin`
   while (high - low > 1) {
