@@ -292,7 +292,8 @@ class PONITA(nn.Module):
         """Energies of graphs, and forces: minus the exact gradient with respect to positions.
 
         Needs ``out_channels=1``, ``out_vec=0`` and ``readout='add'``. If ``pos`` requires grad it is kept in the graph,
-        so second derivatives with respect to it can be taken. Works under ``no_grad`` and ``inference_mode``.
+        so second derivatives with respect to it can be taken. Works under ``no_grad`` and ``inference_mode``, and under
+        ``torch.compile`` with a graph break, in evaluation: AOTAutograd cannot differentiate forces a second time.
 
         Args:
             x: Scalar features, as in :meth:`forward`.

@@ -249,3 +249,15 @@ def test_refusals():
     model = PONITA(2, 8, 1, 1, num_ori=-1, readout="add").double()
     with pytest.raises(ValueError, match="num_ori is -1"):
         model.energy_and_forces(data.x, data.pos, data.edge_index)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # Dynamo looks at it
+def test_compiled_forces():
+    """Not in one graph: Dynamo breaks at ``torch.autograd.grad``. And not in training: AOTAutograd has no second pass."""
+    torch.compiler.reset()
+    model, data = build(), molecule()
+    compiled = torch.compile(lambda x, pos: model.energy_and_forces(x, pos, data.edge_index), backend="aot_eager")
+    found = compiled(data.x, data.pos)
+    assert_close(found, model.energy_and_forces(data.x, data.pos, data.edge_index))
+    with pytest.raises(RuntimeError, match="does not currently support double backward"):
+        found[1].square().sum().backward()
