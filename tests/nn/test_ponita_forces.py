@@ -253,7 +253,7 @@ def test_refusals():
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # Dynamo looks at it
 def test_compiled_forces():
-    """Not in one graph: Dynamo breaks at ``torch.autograd.grad``. And not in training: AOTAutograd has no second pass."""
+    """Dynamo breaks the graph at ``torch.autograd.grad``; in training AOTAutograd refuses the second pass."""
     torch.compiler.reset()
     model, data = build(), molecule()
     compiled = torch.compile(lambda x, pos: model.energy_and_forces(x, pos, data.edge_index), backend="aot_eager")
