@@ -15,6 +15,19 @@ LIBRARY = torch.library.Library("geo", "FRAGMENT")  # kept alive: it owns the re
 _TAGS = (torch.Tag.pt2_compliant_tag,)
 
 
+def _owned(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """``kernel``, with views among its results copied: autograd lets nobody write to a view that an op returned."""
+
+    def own(out: Any) -> Any:
+        return out.clone(memory_format=torch.contiguous_format) if out._is_view() else out
+
+    def call(*args: Any) -> Any:
+        out = kernel(*args)
+        return tuple(map(own, out)) if isinstance(out, tuple) else own(out)
+
+    return call
+
+
 def define(
     schema: str,
     kernel: Callable[..., Any],
@@ -25,7 +38,7 @@ def define(
     """Define ``geo::<schema>`` with its PyTorch kernel, its fake (shapes only) and, where it has one, its gradient."""
     name = schema.partition("(")[0]
     LIBRARY.define(schema, tags=_TAGS)
-    LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
+    LIBRARY.impl(name, _owned(kernel), "CompositeExplicitAutograd")
     torch.library.register_fake(f"geo::{name}", fake, lib=LIBRARY)
     if backward is not None:
         torch.library.register_autograd(f"geo::{name}", backward, setup_context=setup_context, lib=LIBRARY)

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from geo import _native
 from geo.ops import (
     SegmentPlan,
     check_bounds,
@@ -326,6 +327,7 @@ def test_references_under_torch_func():
     assert_close(grad, wanted[0])
 
 
+@pytest.mark.skipif(not _native.have("cpu"), reason="no compiled CPU kernels")
 def test_memory_is_the_output():
     """Forward keeps nothing of size [E, *S]: what torch allocates during the call is the output alone."""
     from torch.profiler import ProfilerActivity, profile
