@@ -228,7 +228,12 @@ class KernelBasis(nn.Module):
 
         Returns:
             The basis, unchanged if the samples do not vary.
+
+        Raises:
+            ValueError: No samples.
         """
+        if not samples:
+            raise ValueError("samples is empty, but calibration needs at least one")
         rows = []
         for attr, weight in samples:
             share = attr.new_ones(attr.size(0)) if weight is None else weight
@@ -240,9 +245,10 @@ class KernelBasis(nn.Module):
             rows.append((polynomial_features(flat, self.degree), share.unsqueeze(1)))
         mean, covariance = _moments(rows)
         scale = covariance.diagonal().clamp(min=0).sqrt()
-        if not bool((scale > 0).any()):
+        varies = scale > 1e-6 * mean.abs()  # float32 rounding alone is no variation
+        if not bool(varies.any()):
             return self
-        inverse = torch.where(scale > 1e-9 * scale.max(), 1 / scale.clamp(min=1e-300), torch.zeros_like(scale))
+        inverse = torch.where(varies, 1 / scale.clamp(min=1e-300), torch.zeros_like(scale))
         values, vectors = torch.linalg.eigh(inverse.unsqueeze(1) * covariance * inverse)
         kept = torch.where(values > _SMALLEST, values.clamp(min=_SMALLEST).rsqrt(), torch.zeros_like(values))
         whitening = (vectors * kept) @ vectors.t() * inverse

@@ -39,8 +39,10 @@ def center_and_spread(values: list[Tensor]) -> tuple[Tensor, Tensor]:
         flat = value.double().flatten(0, -2)
         rows.append(torch.stack((flat.sum(0), flat.square().sum(0), flat.new_full(flat.shape[1:], float(len(flat))))))
     total, squares, count = all_reduce(torch.stack(rows).sum(0))
-    mean = total / count.clamp(min=1)
-    return mean, (squares / count.clamp(min=1) - mean.square()).clamp(min=0).mean().sqrt()
+    mean, square = total / count.clamp(min=1), squares / count.clamp(min=1)
+    variance = (square - mean.square()).mean()
+    # A constant with what float32 rounding adds in a few layers is no variation: it would be blown up.
+    return mean, torch.where(variance > 1e-8 * square.mean(), variance, torch.zeros_like(variance)).sqrt()
 
 
 def inverse_or_one(spread: Tensor) -> Tensor:

@@ -485,6 +485,17 @@ def test_thread_count_changes_no_bit():
     assert_close(*outs)
 
 
+def test_calibration_where_nothing_varies():
+    """Nodes that all see the same: rounding is not taken for variation, weights keep their size."""
+    model = PONITA(1, 8, 1, 2, num_ori=0, radius=3.0)
+    angle = 2 * torch.pi * torch.arange(7) / 7
+    ring = Data(x=torch.full((7, 1), 0.3), pos=torch.stack((angle.cos(), angle.sin(), torch.zeros(7)), -1))
+    before = [block.conv.weight.abs().max() for block in model.blocks]
+    model.calibrate(ring)
+    for block, most in zip(model.blocks, before, strict=True):
+        assert block.conv.weight.abs().max() <= 1e3 * most
+
+
 def test_calibration_shares_statistics_between_ranks(monkeypatch):
     """Two ranks with half of the data each end with the weights of one process that has all of it."""
     models = [build(), build(), build()]

@@ -126,7 +126,9 @@ def test_basis_calibration_whitens():
 def test_basis_calibration_where_little_varies():
     basis = KernelBasis(2, 8).double()
     fresh = {k: v.clone() for k, v in basis.state_dict().items()}
-    for attr in (torch.ones(6, 2, dtype=F64), torch.zeros(0, 2, dtype=F64)):
+    with pytest.raises(ValueError, match="samples is empty"):
+        basis.calibrate([])
+    for attr in (torch.ones(6, 2, dtype=F64), torch.full((7, 2), 0.1, dtype=F64), torch.zeros(0, 2, dtype=F64)):
         basis.calibrate([(attr, None)])
         assert all(torch.equal(v, fresh[k]) for k, v in basis.state_dict().items())
     two = torch.tensor([[1.0, 2.0], [1.0, -3.0]], dtype=F64).repeat(5, 1)  # one direction varies, one does not
