@@ -77,6 +77,9 @@ inline void check_ptr(const char* op, const int64_t* ptr, int64_t num_segments, 
   }
 }
 
+// Fill ptr [size + 1] if the index rises from 0 or more to less than `size`; false where it does not.
+bool sorted_ptr(const int64_t* index, int64_t num_rows, int64_t size, int64_t* ptr);
+
 // run(thread, i0, i1) for runs of ordinary segments, piece(thread, i, begin, end, slot) for the pieces of hubs, balanced
 // by edges: segment i starts at unit ptr[i] + i, piece k of it kHubChunk * k units later.
 template <class Run, class Piece>

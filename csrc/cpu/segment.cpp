@@ -11,6 +11,29 @@
 #include "segment_table.h"
 
 namespace geo {
+
+bool sorted_ptr(const int64_t* index, int64_t num_rows, int64_t size, int64_t* ptr) {
+  constexpr int64_t kBlock = 1024;
+  int64_t starts[kBlock], last = -1, filled = 0;
+  for (int64_t begin = 0; begin < num_rows; begin += kBlock) {
+    const int64_t end = std::min(begin + kBlock, num_rows);
+    int64_t num = 0;
+    bool falls = false;
+    for (int64_t e = begin; e < end; ++e) {  // no branch: where runs start is hard to predict
+      const int64_t i = index[e];
+      starts[num] = e;
+      num += i != last;
+      falls |= i < last;
+      last = i;
+    }
+    if (falls || index[begin] < 0 || last >= size) return false;
+    for (int64_t k = 0; k < num; ++k)
+      for (; filled <= index[starts[k]]; ++filled) ptr[filled] = starts[k];
+  }
+  for (; filled <= size; ++filled) ptr[filled] = num_rows;
+  return true;
+}
+
 namespace {
 
 const SegmentTable& segment_table(float) { return choose_table(GEO_TABLES(segment_float)); }
@@ -276,29 +299,6 @@ Tensor gather_csr_cpu(const Tensor& src, const Tensor& ptr, const std::optional<
 }
 
 // -- sorting -----------------------------------------------------------------------------------------------------------
-// Fill ptr [size + 1] if the index rises from 0 or more to less than `size`; false where it does not.
-bool sorted_ptr(const int64_t* index, int64_t num_rows, int64_t size, int64_t* ptr) {
-  constexpr int64_t kBlock = 1024;
-  int64_t starts[kBlock], last = -1, filled = 0;
-  for (int64_t begin = 0; begin < num_rows; begin += kBlock) {
-    const int64_t end = std::min(begin + kBlock, num_rows);
-    int64_t num = 0;
-    bool falls = false;
-    for (int64_t e = begin; e < end; ++e) {  // no branch: where runs start is hard to predict
-      const int64_t i = index[e];
-      starts[num] = e;
-      num += i != last;
-      falls |= i < last;
-      last = i;
-    }
-    if (falls || index[begin] < 0 || last >= size) return false;
-    for (int64_t k = 0; k < num; ++k)
-      for (; filled <= index[starts[k]]; ++filled) ptr[filled] = starts[k];
-  }
-  for (; filled <= size; ++filled) ptr[filled] = num_rows;
-  return true;
-}
-
 // Counting sort: the rows grouped by segment, in their own order inside each, whatever the number of parts.
 template <class Count>
 void counting_sort(const char* op, const int64_t* index, int64_t num_rows, int64_t size, int64_t* ptr, int64_t* order) {
