@@ -9,6 +9,7 @@ if __name__ != "geo.ops":  # the repository root is on sys.path and this folder 
     raise ImportError("this folder is the package geo.ops: import it under that name")
 
 from geo import _native
+from geo.ops import segment_prod as _segment_prod  # noqa: F401  (registers the product behind reduce="mul")
 from geo.ops.bounds import check_bounds
 from geo.ops.fiber import fiber_mul_sum, fiber_mul_sum_reference
 from geo.ops.gather_linear import gather_linear_mul_segment_sum, gather_linear_mul_segment_sum_reference

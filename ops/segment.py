@@ -125,7 +125,7 @@ def product(src: Tensor, order: Order, op: str) -> Tensor:
     """Product of each segment, [N, *F]; 1 for an empty one."""
     if not src.is_floating_point():
         _check_integers(op, order, src.size(0))
-        return _segment_prod(src, order)
+        return product_reference(src, order)
     out: Tensor = bounds.call(op, torch.ops.geo.segment_prod, (src, *order), order.checks(src.size(0)))
     return out
 
@@ -152,7 +152,7 @@ def segment_reduce_reference(src: Tensor, ptr: Tensor | SegmentPlan, reduce: Red
     order = csr_order("segment_reduce", src, ptr)
     if reduce in ("sum", "mean"):
         return _segment_sum(src, order, reduce == "mean")
-    return _segment_prod(src, order) if reduce == "mul" else _segment_extreme(src, order, reduce == "max")[0]
+    return product_reference(src, order) if reduce == "mul" else _segment_extreme(src, order, reduce == "max")[0]
 
 
 def rows_of(order: Order, num_rows: int) -> Tensor:
@@ -175,7 +175,8 @@ def _spread(src: Tensor, order: Order, num_rows: int) -> Tensor:
     return src.index_select(0, rows_of(order, num_rows))
 
 
-def _segment_prod(src: Tensor, order: Order) -> Tensor:
+def product_reference(src: Tensor, order: Order) -> Tensor:
+    """:func:`product` in plain PyTorch."""
     wide = widen(src)
     rows = _expand(rows_of(order, src.size(0)), src)
     return wide.new_ones(order.num_segments, *src.shape[1:]).scatter_reduce(0, rows, wide, "prod").to(src.dtype)
@@ -286,27 +287,6 @@ def _extreme_backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ..
     return wide[: ctx.num_rows], None, None, None
 
 
-def _prod_kernel(src: Tensor, ptr: Tensor, perm: Tensor | None, index: Tensor | None) -> Tensor:
-    order = Order(ptr, perm, index)
-    check_order("segment_prod", order, src.size(0))
-    return _segment_prod(src, order)
-
-
-def _prod_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def _prod_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    # The product of the others: out / x; where one factor is 0, that of the non-zero ones, for this factor alone.
-    src, ptr, perm, index = ctx.saved_tensors
-    zero = src == 0
-    factors = torch.where(zero, 1, src)
-    rest = torch.ops.geo.segment_prod(factors, ptr, perm, index)
-    zeros = torch.ops.geo.segment_sum(zero.to(src.dtype), ptr, perm, index, False)
-    rest, zeros = (torch.ops.geo.gather_csr(t, ptr, perm, index, src.size(0)) for t in (grad * rest, zeros))
-    return torch.where(zeros - zero.to(src.dtype) == 0, rest / factors, 0), None, None, None
-
-
 define(
     "segment_sum(Tensor src, Tensor ptr, Tensor? perm, Tensor? index, bool mean) -> Tensor",
     _segment_sum_kernel,
@@ -327,11 +307,4 @@ define(
     _extreme_fake,
     _extreme_backward,
     _extreme_setup,
-)
-define(
-    "segment_prod(Tensor src, Tensor ptr, Tensor? perm, Tensor? index) -> Tensor",
-    _prod_kernel,
-    per_segment,
-    _prod_backward,
-    _prod_setup,
 )
