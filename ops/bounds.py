@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from geo.ops.registration import define
 
@@ -66,10 +67,23 @@ def check_ptr(op: str, ptr: Tensor, num_edges: int) -> None:
         raise IndexError(out_of_range(op, "ptr", i, int(ptr[i]), int(low[i]), int(high[i])))
 
 
-def refuse_functorch(op: str) -> None:
-    """Raise under torch.func (grad, vmap, ...), where the compiled ops have no rule."""
-    if torch._C._functorch.peek_interpreter_stack() is not None:
-        raise RuntimeError(f"geo.ops.{op} does not work under torch.func: use geo.ops.{op}_reference there")
+def refuse_functorch(op: str, reference: str | None = None) -> None:
+    """Raise under torch.func (grad, vmap, ...), where the compiled ops have no rule, and name what works there."""
+    if in_functorch():
+        reference = reference or f"{op}_reference"
+        raise RuntimeError(f"geo.ops.{op} does not work under torch.func: use geo.ops.{reference} there")
+
+
+def in_functorch() -> bool:
+    """Whether a function transform of torch.func is at work."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def _refuse_tangents(op: str, args: Sequence[Any]) -> None:
+    """Raise for dual tensors: the ops have no forward-mode rule, and torch would drop the tangents without a word."""
+    for arg in args:
+        if isinstance(arg, Tensor) and forward_ad.unpack_dual(arg).tangent is not None:
+            raise RuntimeError(f"geo.ops.{op} has no forward-mode derivative; the functions named *_reference have one")
 
 
 def call(name: str, op: Any, args: Sequence[Any], checks: Sequence[tuple[str, Tensor | None, int]] = ()) -> Any:
@@ -80,8 +94,14 @@ def call(name: str, op: Any, args: Sequence[Any], checks: Sequence[tuple[str, Te
     if torch.compiler.is_compiling():
         return op(*args)
     refuse_functorch(name)
+    if forward_ad._current_level >= 0:
+        _refuse_tangents(name, args)
     try:
-        out = op(*args)
+        if torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args):
+            out = op(*args)
+        else:  # autograd's wrapper, which would find nothing to do, costs 5 microseconds
+            with torch._C._AutoDispatchBelowAutograd():
+                out = op(*args)
     except (RuntimeError, IndexError) as err:  # every error of a C++ kernel arrives as RuntimeError
         if (found := _SENTENCE.search(str(err))) is not None:
             raise IndexError(f"{name}: {found[0]}") from None

@@ -129,16 +129,6 @@ def count(index: Tensor | None, size: int) -> Tensor:
 
 
 # -- what a call's index, ptr or plan means ----------------------------------------------------------------------------
-def refuse_functorch(op: str, reference: str) -> None:
-    """Raise under torch.func, where the compiled ops have no rule, and name the function that works there."""
-    if _in_functorch():
-        raise RuntimeError(f"geo.ops.{op} does not work under torch.func: use geo.ops.{reference} there")
-
-
-def _in_functorch() -> bool:
-    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
-
-
 def axis_of(op: str, src: Tensor, dim: int) -> int:
     """``dim`` counted from the front."""
     if not -src.dim() <= dim < src.dim():
@@ -243,7 +233,7 @@ def _unexpanded(
 
 
 def _flattened(op: str, flat: Any, plain: Callable[[Tensor, int], Tensor], rows: Tensor, size: int) -> Tensor:
-    if _in_functorch():  # a reference at work
+    if bounds.in_functorch():  # a reference at work
         return plain(rows, size)
     out: Tensor = bounds.call(op, flat, (rows, size), ())
     return out

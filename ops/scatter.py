@@ -14,7 +14,7 @@ from torch import Tensor
 from geo.ops import bounds, segment
 from geo.ops.gather_mul import widen
 from geo.ops.plan import SegmentPlan, csr_from_index_reference
-from geo.ops.rows import Rows, by_index, refuse_functorch
+from geo.ops.rows import Rows, by_index
 from geo.ops.segment import Reduce, segment_reduce_reference
 from geo.ops.segment_softmax import (
     segment_log_softmax_reference,
@@ -365,7 +365,7 @@ def rows_by_index(
     op: str, src: Tensor, index: Tensor | SegmentPlan, dim: int, out: Tensor | None, dim_size: int | None
 ) -> Rows:
     """:func:`by_index` for the public functions; ``out`` decides over ``dim_size``."""
-    refuse_functorch(op, "scatter_reference")
+    bounds.refuse_functorch(op, "scatter_reference")
     if out is not None:
         if out.dim() != src.dim():
             raise ValueError(f"{op}: out must have the {src.dim()} axes of src, got {list(out.shape)}")

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from geo.ops import bounds
 from geo.ops.plan import SegmentPlan, index_from_csr
-from geo.ops.rows import Rows, by_index, by_ptr, refuse_functorch
+from geo.ops.rows import Rows, by_index, by_ptr
 from geo.ops.scatter import REDUCES, check_out, check_reduce, reduce_rows, reduced, reference
 from geo.ops.segment import Reduce
 
@@ -188,7 +189,7 @@ def gather_csr(
         >>> gather_csr(torch.tensor([5.0, 6.0, 7.0]), torch.tensor([0, 2, 2, 3])).tolist()
         [5.0, 5.0, 7.0]
     """
-    refuse_functorch("gather_csr", "gather_csr_reference")
+    bounds.refuse_functorch("gather_csr", "gather_csr_reference")
     return _spread(_gather_rows("gather_csr", src, indptr, out, num_out), src, out)
 
 
@@ -387,7 +388,7 @@ def gather_coo(src: Tensor, index: Tensor | SegmentPlan, out: Tensor | None = No
         >>> gather_coo(torch.tensor([5.0, 6.0, 7.0]), torch.tensor([0, 0, 2])).tolist()
         [5.0, 5.0, 7.0]
     """
-    refuse_functorch("gather_coo", "gather_coo_reference")
+    bounds.refuse_functorch("gather_coo", "gather_coo_reference")
     return _spread(_gather_coo_rows(src, index), src, out)
 
 
@@ -395,7 +396,7 @@ def gather_coo(src: Tensor, index: Tensor | SegmentPlan, out: Tensor | None = No
 def _csr(
     op: str, reduce: Reduce, src: Tensor, indptr: Tensor | SegmentPlan, out: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    refuse_functorch(op, "segment_csr_reference")
+    bounds.refuse_functorch(op, "segment_csr_reference")
     rows = by_ptr(op, src, indptr)
     check_out(rows, out, rows.size, src.dtype)
     value, arg = reduce_rows(reduce, rows, src, None, "trunc")

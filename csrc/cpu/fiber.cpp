@@ -20,7 +20,7 @@ Tensor fiber_mul_sum_cpu(const Tensor& x_, const Tensor& kernel_, bool transpose
   constexpr const char* op = "fiber_mul_sum";
   STD_TORCH_CHECK(x_.dim() == 3 && kernel_.dim() == 3, op, ": x and kernel must have three axes");
   STD_TORCH_CHECK(x_.scalar_type() == kernel_.scalar_type(), op, ": x and kernel must have one dtype");
-  const Tensor x = torch::stable::contiguous(x_), kernel = torch::stable::contiguous(kernel_);
+  const Tensor x = made_contiguous(x_), kernel = made_contiguous(kernel_);
   FiberSum job{};
   job.O = x.size(1);
   job.P = kernel.size(transposed ? 1 : 0);
@@ -48,7 +48,7 @@ Tensor fiber_outer_cpu(const Tensor& a_, const Tensor& b_) {
   STD_TORCH_CHECK(a_.dim() == 3 && b_.dim() == 3 && a_.size(0) == b_.size(0) && a_.size(2) == b_.size(2), op,
                   ": a must be [V, P, C] and b [V, O, C]");
   STD_TORCH_CHECK(a_.scalar_type() == b_.scalar_type(), op, ": a and b must have one dtype");
-  const Tensor a = torch::stable::contiguous(a_), b = torch::stable::contiguous(b_);
+  const Tensor a = made_contiguous(a_), b = made_contiguous(b_);
   FiberOuter job{};
   job.P = a.size(1);
   job.O = b.size(1);

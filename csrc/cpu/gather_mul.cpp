@@ -16,9 +16,9 @@ Tensor gather_mul_segment_sum_cpu(const Tensor& x_, const Tensor& weight_, const
   check_index_dtype(src_index_, op, "src_index");
   check_index_dtype(ptr_, op, "ptr");
   if (perm_) check_index_dtype(*perm_, op, "edge_perm");
-  const Tensor x = torch::stable::contiguous(x_), weight = torch::stable::contiguous(weight_);
-  const Tensor src_index = torch::stable::contiguous(src_index_), ptr = torch::stable::contiguous(ptr_);
-  const Tensor perm = perm_ ? torch::stable::contiguous(*perm_) : ptr;
+  const Tensor x = made_contiguous(x_), weight = made_contiguous(weight_);
+  const Tensor src_index = made_contiguous(src_index_), ptr = made_contiguous(ptr_);
+  const Tensor perm = perm_ ? made_contiguous(*perm_) : ptr;
   const int64_t num_edges = src_index.numel(), num_segments = ptr.numel() - 1;
   STD_TORCH_CHECK(num_segments >= 0, op, ": ptr must not be empty");
   STD_TORCH_CHECK(x.dim() >= 1 && weight.dim() == x.dim(), op, ": weight must have as many axes as x");
@@ -62,8 +62,8 @@ Tensor gather_mul_cpu(const Tensor& x_, const Tensor& g_, const Tensor& src_inde
   constexpr const char* op = "gather_mul";
   check_index_dtype(src_index_, op, "src_index");
   check_index_dtype(dst_index_, op, "dst_index");
-  const Tensor x = torch::stable::contiguous(x_), g = torch::stable::contiguous(g_);
-  const Tensor src_index = torch::stable::contiguous(src_index_), dst_index = torch::stable::contiguous(dst_index_);
+  const Tensor x = made_contiguous(x_), g = made_contiguous(g_);
+  const Tensor src_index = made_contiguous(src_index_), dst_index = made_contiguous(dst_index_);
   const int64_t num_edges = src_index.numel();
   STD_TORCH_CHECK(dst_index.numel() == num_edges, op, ": src_index and dst_index must have equal length");
   STD_TORCH_CHECK(x.dim() >= 1 && g.dim() == x.dim(), op, ": x and g must have as many axes");

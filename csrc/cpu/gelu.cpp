@@ -21,7 +21,7 @@ const GeluTable& table(float16) { return choose_table(GEO_TABLES(gelu_float16));
 Tensor gelu_mul_cpu(const Tensor& x_, const std::optional<Tensor>& g_, int64_t order) {
   constexpr const char* op = "gelu_mul";
   check_gelu(op, order, kGeluOrders, x_, g_);
-  const Tensor x = torch::stable::contiguous(x_), g = g_ ? torch::stable::contiguous(*g_) : x;
+  const Tensor x = made_contiguous(x_), g = g_ ? made_contiguous(*g_) : x;
   Tensor out = torch::stable::new_empty(x, x.sizes());
   Gelu job{};
   job.order = order;
@@ -42,7 +42,7 @@ std::tuple<Tensor, Tensor> gelu_mul_grad_cpu(const Tensor& x_, const Tensor& g_,
   constexpr const char* op = "gelu_mul_grad";
   check_gelu(op, order, kGeluOrders - 1, x_, g_);
   check_gelu(op, order, kGeluOrders - 1, x_, h_);
-  const Tensor x = torch::stable::contiguous(x_), g = torch::stable::contiguous(g_), h = torch::stable::contiguous(h_);
+  const Tensor x = made_contiguous(x_), g = made_contiguous(g_), h = made_contiguous(h_);
   Tensor dx = torch::stable::new_empty(x, x.sizes()), dg = torch::stable::new_empty(x, x.sizes());
   Gelu job{};
   job.order = order;

@@ -61,7 +61,7 @@ struct Segments {
 
   Segments(const char* op, const Tensor& src_, const Tensor& ptr_, const std::optional<Tensor>& perm_,
            const std::optional<Tensor>& index_, int64_t num_rows_)
-      : src(torch::stable::contiguous(src_)), ptr(torch::stable::contiguous(ptr_)), num_rows(num_rows_) {
+      : src(made_contiguous(src_)), ptr(made_contiguous(ptr_)), num_rows(num_rows_) {
     STD_TORCH_CHECK(src.dim() >= 1, op, ": src must have one row per edge");
     check_index_dtype(ptr, op, "ptr");
     num_segments = ptr.numel() - 1;
@@ -77,7 +77,7 @@ struct Segments {
     if (!t) return std::nullopt;
     check_index_dtype(*t, op, name);
     STD_TORCH_CHECK(t->numel() == num_rows, op, ": ", name, " must have one entry per edge");
-    return torch::stable::contiguous(*t);
+    return made_contiguous(*t);
   }
 };
 
@@ -343,7 +343,7 @@ std::tuple<Tensor, Tensor> csr_from_index_cpu(const Tensor& index_, int64_t size
   constexpr const char* op = "csr_from_index";
   check_index_dtype(index_, op, "index");
   STD_TORCH_CHECK(size >= 0, op, ": size must not be negative, got ", size);
-  const Tensor index = torch::stable::contiguous(index_);
+  const Tensor index = made_contiguous(index_);
   const int64_t num_rows = index.numel();
   Tensor ptr = torch::stable::new_empty(index, {size + 1}), perm = torch::stable::new_empty(index, {num_rows});
   int64_t* order = write<int64_t>(perm);
@@ -362,7 +362,7 @@ Tensor scatter_sum_cpu(const Tensor& src_, const Tensor& index_, int64_t size, b
   check_index_dtype(index_, op, "index");
   STD_TORCH_CHECK(src_.dim() >= 1 && src_.size(0) == index_.numel(), op, ": index must have one entry per row of src");
   STD_TORCH_CHECK(size >= 0, op, ": dim_size must not be negative, got ", size);
-  const Tensor src = torch::stable::contiguous(src_), index = torch::stable::contiguous(index_);
+  const Tensor src = made_contiguous(src_), index = made_contiguous(index_);
   const int64_t num_rows = index.numel(), width = row_width(src);
   const int64_t* i = index_data(index);
   Tensor out = torch::stable::new_empty(src, with_rows(src, size)), ptr = torch::stable::new_empty(index, {size + 1});
