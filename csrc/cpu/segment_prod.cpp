@@ -4,6 +4,7 @@
 #include <atomic>
 #include <memory>
 #include <optional>
+#include <type_traits>
 #include <vector>
 
 #include "parallel.h"
@@ -23,8 +24,9 @@ const SegmentTable& segment_table(bfloat16) { return choose_table(GEO_TABLES(seg
 const SegmentTable& segment_table(float16) { return choose_table(GEO_TABLES(segment_float16)); }
 
 template <class S>
-Found run(const OthersJob& job, int64_t num_segments) {
+Found run(const OthersJob& job) {
   using T = typename accumulate<S>::type;
+  const int64_t num_segments = job.num_segments;
   const int64_t* p = job.ptr;
   const int64_t width = job.width, block = block_of(width * int64_t(sizeof(S)));
   const OthersTable& leaf = others_table(S{});
@@ -61,17 +63,65 @@ Found run(const OthersJob& job, int64_t num_segments) {
   return faults.first();
 }
 
+// One column of unsorted rows is taken in the order it stands, which the caches like better than a permutation of single
+// numbers. It is cut into parts, whose number depends on the sizes alone, each with products of its own.
+template <class T>
+Found run_in_place(const OthersJob& job) {
+  constexpr int64_t kMaxParts = 16;
+  const OthersTable& leaf = others_table(T{});
+  const int64_t num = job.num_segments;
+  int64_t parts = 1;
+  while (parts < kMaxParts && parts * (num + 4096) * 8 <= job.num_rows) parts *= 2;
+  const std::unique_ptr<T[]> before(new T[parts * num]), after(new T[parts * num]);
+  Faults faults;
+  auto each_part = [&](auto&& f) {
+    parallel_blocks(parts, 1, [&](int64_t, int64_t begin, int64_t end) {
+      for (int64_t k = begin; k < end; ++k) f(k, job.num_rows * k / parts, job.num_rows * (k + 1) / parts);
+    });
+  };
+  std::fill_n(after.get(), parts * num, T(1));
+  if (parts == 1) {
+    std::fill_n(before.get(), num, T(1));
+  } else {
+    OthersJob products = job;
+    products.out = nullptr;
+    each_part([&](int64_t k, int64_t begin, int64_t end) {
+      const Outcome outcome = leaf.first(products, begin, end, &after[k * num]);
+      faults.add(outcome.fault, outcome.position);
+    });
+    if (faults.first().fault != kNoFault) return faults.first();
+    parallel_blocks(num, block_of(2 * parts * int64_t(sizeof(T))), [&](int64_t, int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        T own[kMaxParts], left = 1, right = 1;
+        for (int64_t k = 0; k < parts; left *= own[k++]) {
+          own[k] = after[k * num + i];
+          before[k * num + i] = left;
+        }
+        for (int64_t k = parts; k-- > 0; right *= own[k]) after[k * num + i] = right;
+      }
+    });
+  }
+  each_part([&](int64_t k, int64_t begin, int64_t end) {
+    const Outcome outcome = leaf.first(job, begin, end, &before[k * num]);
+    faults.add(outcome.fault, outcome.position);
+    if (outcome.fault == kNoFault) leaf.second(job, begin, end, &after[k * num]);
+  });
+  return faults.first();
+}
+
 Tensor segment_prod_grad_cpu(const Tensor& grad_, const Tensor& src_, const Tensor& ptr_,
-                             const std::optional<Tensor>& perm_, const std::optional<Tensor>&) {
+                             const std::optional<Tensor>& perm_, const std::optional<Tensor>& index_) {
   constexpr const char* op = "segment_prod_grad";
   STD_TORCH_CHECK(src_.dim() >= 1, op, ": src must have one row per edge");
   check_index_dtype(ptr_, op, "ptr");
-  const Tensor grad = torch::stable::contiguous(grad_), src = torch::stable::contiguous(src_);
-  const Tensor ptr = torch::stable::contiguous(ptr_), perm = perm_ ? torch::stable::contiguous(*perm_) : ptr;
+  const Tensor grad = made_contiguous(grad_), src = made_contiguous(src_);
+  const Tensor ptr = made_contiguous(ptr_), perm = perm_ ? made_contiguous(*perm_) : ptr;
+  const Tensor index = index_ ? made_contiguous(*index_) : ptr;
   const int64_t num_segments = ptr.numel() - 1, num_rows = src.size(0);
   OthersJob job{};
   job.ptr = index_data(ptr);
   job.num_rows = num_rows;
+  job.num_segments = num_segments;
   job.width = 1;
   STD_TORCH_CHECK(num_segments >= 0, op, ": ptr must not be empty");
   bool same = grad.dim() == src.dim() && grad.size(0) == num_segments;
@@ -87,6 +137,11 @@ Tensor segment_prod_grad_cpu(const Tensor& grad_, const Tensor& src_, const Tens
     STD_TORCH_CHECK(perm.numel() == num_rows, op, ": edge_perm must have one entry per edge");
     job.perm = index_data(perm);
   }
+  if (index_) {
+    check_index_dtype(index, op, "dst_index");
+    STD_TORCH_CHECK(index.numel() == num_rows, op, ": dst_index must have one entry per edge");
+    job.index = index_data(index);
+  }
   Tensor out = torch::stable::new_empty(src, src.sizes());
   if (job.width == 0) return out;
   dispatch_floating(src.scalar_type(), op, [&](auto zero) {
@@ -95,7 +150,14 @@ Tensor segment_prod_grad_cpu(const Tensor& grad_, const Tensor& src_, const Tens
     job.g = read<S>(grad);
     job.out = write<S>(out);
     advise_huge_pages(job.out, out.numel() * int64_t(sizeof(S)));
-    const Found found = run<S>(job, num_segments);
+    const bool in_place = job.perm && job.index && job.width == 1;
+    Found found;
+    if constexpr (std::is_same<S, typename accumulate<S>::type>::value)
+      found = in_place ? run_in_place<S>(job) : run<S>(job);
+    else
+      found = run<S>(job);
+    if (found.fault == kDstIndex)
+      raise_out_of_range(op, "dst_index", found.position, job.index[found.position], 0, num_segments - 1);
     if (found.fault == kEdgePerm)
       raise_out_of_range(op, "edge_perm", found.position, job.perm[found.position], 0, num_rows - 1);
   });

@@ -16,6 +16,8 @@ struct OthersJob {
   const void* x;  // [num_rows, width]
   const void* g;  // [N, width]
   void* out;      // [num_rows, width]
+  const int64_t* index;  // the segment of each row, or null
+  int64_t num_segments;
 };
 
 // `scratch` holds `scratch_lanes` numbers of the accumulation type for each row of the longest run of rows. Leaves check
@@ -26,6 +28,11 @@ struct OthersTable {
   // the places [begin, end) of a hub; rows of the accumulation type: the products of what comes before and after them
   Outcome (*piece)(const OthersJob&, int64_t segment, int64_t begin, int64_t end, const void* before, const void* after,
                    void* scratch);
+  // The same of one column by index, where out has the accumulation type: two passes over the rows [begin, end) in the
+  // order they stand, the second backwards. `products` [N] holds what comes before them, for the second pass after them.
+  // The first checks index; without out it multiplies alone.
+  Outcome (*first)(const OthersJob&, int64_t begin, int64_t end, void* products);
+  void (*second)(const OthersJob&, int64_t begin, int64_t end, void* products);
 };
 GEO_DECLARE_TABLE(OthersTable, others_float)
 GEO_DECLARE_TABLE(OthersTable, others_double)

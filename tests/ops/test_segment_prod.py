@@ -259,6 +259,11 @@ def test_bad_input(width):
             call(torch.tensor([0, 7, 6]), None)
         with pytest.raises((IndexError, RuntimeError), match=r"ptr\[2\] = 5 is out of range \[6, 6\]"):
             call(torch.tensor([0, 2, 5]), None)
+    for value in (2, -1, 2**62):  # one column is read by index, wider rows through perm alone
+        order = torch.tensor([1, 0, 2, 3, 4, 5]), torch.tensor([0, 0, 1, value, 1, 1])
+        if width == 1:
+            with pytest.raises((IndexError, RuntimeError), match=rf"dst_index\[3\] = {value} is out of range \[0, 1\]"):
+                geo.segment_prod_grad(grad, src, ptr, *order)
     hub = torch.arange(9000)
     hub[8999] = 9000
     with pytest.raises((IndexError, RuntimeError), match=r"edge_perm\[8999\] = 9000 is out of range \[0, 8999\]"):

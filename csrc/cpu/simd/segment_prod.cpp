@@ -153,9 +153,33 @@ Outcome run(const OthersJob& job, int64_t first, int64_t last, void* scratch) {
   return {kNoFault, 0};
 }
 
+// -- one column, in the order it stands --------------------------------------------------------------------------------
+template <class S>
+Outcome first(const OthersJob& job, int64_t begin, int64_t end, void* products_) {
+  const S* x = static_cast<const S*>(job.x);
+  Acc<S>*out = static_cast<Acc<S>*>(job.out), *products = static_cast<Acc<S>*>(products_);
+  for (int64_t e = begin; e < end; ++e) {
+    const int64_t i = job.index[e];
+    if (uint64_t(i) >= uint64_t(job.num_segments)) return {kDstIndex, e};
+    if (out) out[e] = products[i];
+    products[i] *= widen(x[e]);
+  }
+  return {kNoFault, 0};
+}
+template <class S>
+void second(const OthersJob& job, int64_t begin, int64_t end, void* products_) {
+  const S *x = static_cast<const S*>(job.x), *g = static_cast<const S*>(job.g);
+  Acc<S>*out = static_cast<Acc<S>*>(job.out), *products = static_cast<Acc<S>*>(products_);
+  for (int64_t e = end - 1; e >= begin; --e) {
+    const int64_t i = job.index[e];
+    out[e] = widen(g[i]) * (out[e] * products[i]);
+    products[i] *= widen(x[e]);
+  }
+}
+
 template <class S>
 constexpr OthersTable table_of() {
-  return {kTile * vec<Acc<S>>::lanes, run<S>, piece<S>};
+  return {kTile * vec<Acc<S>>::lanes, run<S>, piece<S>, first<S>, second<S>};
 }
 
 }  // namespace
