@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from geo.ops import bounds, segment
 from geo.ops.gather_mul import widen
 from geo.ops.plan import SegmentPlan
+from geo.ops.rows import Rows
 from geo.ops.scatter import check_out, refuse_bool, rows_by_index
 
+_NARROW = 1  # columns: as takes_rows_in_order in csrc/cpu/scatter_softmax.cpp
 _NO_EPS = 1e-12  # torch_scatter's default eps: added to a sum that is at least 1, it moves no digit that counts
 
 
@@ -102,8 +106,12 @@ def scatter_logsumexp(
     rows = rows_by_index(op, src, index, dim, out, dim_size)
     _check_floating(op, src)
     check_out(rows, out, rows.size, src.dtype)
-    order, values = rows.sorted(), rows.flat(src)
-    total = bounds.call(op, torch.ops.geo.segment_logsumexp, (values, *order), order.checks(values.size(0)))
+    values = rows.flat(src)
+    if (segments := _taken_in_order(rows, values, eps)) is not None:
+        total = bounds.call(op, torch.ops.geo.scatter_logsumexp, (values, segments, rows.copies * rows.size))
+    else:
+        order = rows.sorted()
+        total = bounds.call(op, torch.ops.geo.segment_logsumexp, (values, *order), order.checks(values.size(0)))
     if eps > _NO_EPS:
         top = segment.extreme(values, order, True, op)[0].to(total.dtype)
         filled = (rows.counts() > 0).view(-1, *[1] * (total.dim() - 1)) & total.isfinite()
@@ -177,12 +185,22 @@ def _normalised(
 ) -> Tensor:
     rows = rows_by_index(op, src, index, dim, None, dim_size)
     _check_floating(op, src)
-    order, values = rows.sorted(), rows.flat(src)
+    values = rows.flat(src)
+    if (segments := _taken_in_order(rows, values, eps)) is not None:
+        args = (values, segments, rows.copies * rows.size, log)
+        return rows.back(bounds.call(op, torch.ops.geo.scatter_softmax, args), rows.num_rows)
+    order = rows.sorted()
     out = bounds.call(op, torch.ops.geo.segment_softmax, (values, *order, log), order.checks(values.size(0)))
     if eps > _NO_EPS:
         top = segment.extreme(out, order, True, op)[0]
         out = out - rows.spread((eps * top.exp()).log1p())
     return rows.back(out, rows.num_rows)
+
+
+def _taken_in_order(rows: Rows, values: Tensor, eps: float) -> Tensor | None:
+    """The segment of each row, where that is all that is needed: narrow rows are not sorted first."""
+    narrow = rows.order is None and eps <= _NO_EPS and math.prod(values.shape[1:]) <= _NARROW
+    return rows.segments if narrow else None
 
 
 def _check_floating(op: str, src: Tensor) -> None:

@@ -263,8 +263,14 @@ def _softmax_grad_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> No
 
 
 def _softmax_grad_backward(ctx: Any, h: Tensor) -> tuple[Tensor | None, ...]:
-    grad, out, *order_ = ctx.saved_tensors
-    order, num_rows = Order(*order_), out.size(0)
+    grad, out, *order = ctx.saved_tensors
+    return *_softmax_second(ctx, h, grad, out, Order(*order)), None, None, None, None
+
+
+def _softmax_second(
+    ctx: Any, h: Tensor, grad: Tensor, out: Tensor, order: Order
+) -> tuple[Tensor | None, Tensor | None]:
+    num_rows = out.size(0)
     by_grad = by_out = None
     if ctx.log:
         p = out.exp()
@@ -278,7 +284,7 @@ def _softmax_grad_backward(ctx: Any, h: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.needs_input_grad[1]:
             along, across = _sum(grad * out, order), _sum(h * out, order)
             by_out = h * (grad - _spread(along, order, num_rows)) - grad * _spread(across, order, num_rows)
-    return by_grad, by_out, None, None, None, None
+    return by_grad, by_out
 
 
 def _logsumexp_kernel(src: Tensor, ptr: Tensor, perm: Tensor | None, index: Tensor | None) -> Tensor:
@@ -326,13 +332,18 @@ def _logsumexp_grad_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> 
 
 
 def _logsumexp_grad_backward(ctx: Any, h: Tensor) -> tuple[Tensor | None, ...]:
-    grad, src, out, *order_ = ctx.saved_tensors
-    order = Order(*order_)
+    grad, src, out, *order = ctx.saved_tensors
+    return *_logsumexp_second(ctx, h, grad, src, out, Order(*order)), None, None, None
+
+
+def _logsumexp_second(
+    ctx: Any, h: Tensor, grad: Tensor, src: Tensor, out: Tensor, order: Order
+) -> tuple[Tensor, Tensor | None, Tensor]:
     # With p = exp(x - out): by g s(h p), by x h g p, by out -s(h g p).
     p = torch.ops.geo.segment_logsumexp_grad(torch.ones_like(out), src, out, *order)
     along = _sum(h * p, order)
     by_src = h * p * _spread(grad, order, src.size(0)) if ctx.needs_input_grad[1] else None
-    return along, by_src, -grad * along, None, None, None
+    return along, by_src, -grad * along
 
 
 def _std_kernel(
@@ -365,6 +376,87 @@ def _std_backward(ctx: Any, g_std: Tensor | None, g_mean: Tensor | None) -> tupl
         by_mean = _spread(g_mean / count_of(order.ptr, g_mean), order, num_rows)
         grad = by_mean if grad is None else grad + by_mean
     return None if grad is None else grad.to(src.dtype), None, None, None, None
+
+
+# -- by the segment of each row: sorted rows as segments, narrow ones in their order -----------------------------------
+def _by_index(index: Tensor, size: int) -> Order:
+    ptr, perm = torch.ops.geo.csr_from_index(index, size)
+    return Order(ptr, perm, index)
+
+
+def _scatter_softmax_kernel(src: Tensor, index: Tensor, dim_size: int, log: bool) -> Tensor:
+    out: Tensor = torch.ops.geo.segment_softmax(src, *_by_index(index, dim_size), log)
+    return out
+
+
+def _scatter_softmax_fake(src: Tensor, index: Tensor, dim_size: int, log: bool) -> Tensor:
+    torch._check(src.dim() >= 1 and index.dim() == 1)
+    return torch.empty_like(src, memory_format=torch.contiguous_format)
+
+
+def _scatter_softmax_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, index, ctx.dim_size, ctx.log = inputs
+    ctx.save_for_backward(output, index)
+
+
+def _scatter_softmax_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return torch.ops.geo.scatter_softmax_grad(grad, *ctx.saved_tensors, ctx.dim_size, ctx.log), None, None, None
+
+
+def _scatter_softmax_grad_kernel(grad: Tensor, out: Tensor, index: Tensor, dim_size: int, log: bool) -> Tensor:
+    to: Tensor = torch.ops.geo.segment_softmax_grad(grad, out, *_by_index(index, dim_size), log)
+    return to
+
+
+def _scatter_softmax_grad_fake(grad: Tensor, out: Tensor, index: Tensor, dim_size: int, log: bool) -> Tensor:
+    torch._check(grad.dim() == out.dim() and index.dim() == 1)
+    return torch.empty_like(out, memory_format=torch.contiguous_format)
+
+
+def _scatter_softmax_grad_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.dim_size, ctx.log = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _scatter_softmax_grad_backward(ctx: Any, h: Tensor) -> tuple[Tensor | None, ...]:
+    grad, out, index = ctx.saved_tensors
+    order = _by_index(index, ctx.dim_size)
+    return *_softmax_second(ctx, h, grad, out, order), None, None, None
+
+
+def _scatter_logsumexp_kernel(src: Tensor, index: Tensor, dim_size: int) -> Tensor:
+    out: Tensor = torch.ops.geo.segment_logsumexp(src, *_by_index(index, dim_size))
+    return out
+
+
+def _scatter_logsumexp_fake(src: Tensor, index: Tensor, dim_size: int) -> Tensor:
+    torch._check(src.dim() >= 1 and index.dim() == 1)
+    out = src.new_empty(dim_size, *src.shape[1:])
+    return out.float() if src.dtype in (torch.float16, torch.bfloat16) else out
+
+
+def _scatter_logsumexp_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    src, index, _ = inputs
+    ctx.save_for_backward(src, output, index)
+
+
+def _scatter_logsumexp_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return torch.ops.geo.scatter_logsumexp_grad(grad, *ctx.saved_tensors), None, None
+
+
+def _scatter_logsumexp_grad_kernel(grad: Tensor, src: Tensor, out: Tensor, index: Tensor) -> Tensor:
+    to: Tensor = torch.ops.geo.segment_logsumexp_grad(grad, src, out, *_by_index(index, out.size(0)))
+    return to
+
+
+def _scatter_logsumexp_grad_fake(grad: Tensor, src: Tensor, out: Tensor, index: Tensor) -> Tensor:
+    torch._check(grad.dim() == src.dim() and out.dim() == src.dim() and index.dim() == 1)
+    return torch.empty_like(src, memory_format=torch.contiguous_format)
+
+
+def _scatter_logsumexp_grad_backward(ctx: Any, h: Tensor) -> tuple[Tensor | None, ...]:
+    grad, src, out, index = ctx.saved_tensors
+    return *_logsumexp_second(ctx, h, grad, src, out, _by_index(index, out.size(0))), None
 
 
 _ORDER = "Tensor ptr, Tensor? perm, Tensor? index"
@@ -402,4 +494,32 @@ define(
     _std_fake,
     _std_backward,
     _std_setup,
+)
+define(
+    "scatter_softmax(Tensor src, Tensor index, SymInt dim_size, bool log) -> Tensor",
+    _scatter_softmax_kernel,
+    _scatter_softmax_fake,
+    _scatter_softmax_backward,
+    _scatter_softmax_setup,
+)
+define(
+    "scatter_softmax_grad(Tensor grad, Tensor out, Tensor index, SymInt dim_size, bool log) -> Tensor",
+    _scatter_softmax_grad_kernel,
+    _scatter_softmax_grad_fake,
+    _scatter_softmax_grad_backward,
+    _scatter_softmax_grad_setup,
+)
+define(
+    "scatter_logsumexp(Tensor src, Tensor index, SymInt dim_size) -> Tensor",
+    _scatter_logsumexp_kernel,
+    _scatter_logsumexp_fake,
+    _scatter_logsumexp_backward,
+    _scatter_logsumexp_setup,
+)
+define(
+    "scatter_logsumexp_grad(Tensor grad, Tensor src, Tensor out, Tensor index) -> Tensor",
+    _scatter_logsumexp_grad_kernel,
+    _scatter_logsumexp_grad_fake,
+    _scatter_logsumexp_grad_backward,
+    _logsumexp_grad_setup,
 )

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "parallel.h"
+#include "scatter_softmax.h"
 #include "segment_softmax_table.h"
 
 namespace geo {
@@ -19,6 +20,20 @@ const SegmentSoftmaxTable& table(float16) { return choose_table(GEO_TABLES(segme
 
 ScalarType wide_type(ScalarType dtype) { return dtype == ScalarType::Double ? dtype : ScalarType::Float; }
 
+int64_t row_width(const Tensor& t) {
+  int64_t width = 1;
+  for (int64_t d = 1; d < t.dim(); ++d) width *= t.size(d);
+  return width;
+}
+
+const int64_t* checked_ptr(const char* op, const Tensor& src, const Tensor& ptr) {
+  STD_TORCH_CHECK(src.dim() >= 1, op, ": src must have one row per edge");
+  check_index_dtype(ptr, op, "ptr");
+  STD_TORCH_CHECK(ptr.numel() > 0, op, ": ptr must not be empty");
+  check_ptr(op, index_data(ptr), ptr.numel() - 1, src.size(0));
+  return index_data(ptr);
+}
+
 // The order in which rows are read, checked: ptr rises from 0 to the number of rows, perm stays inside them.
 struct Rows {
   Tensor ptr, perm;
@@ -26,16 +41,11 @@ struct Rows {
   int64_t num_segments;
 
   Rows(const char* op, const Tensor& src, const Tensor& ptr_, const std::optional<Tensor>& perm_)
-      : ptr(torch::stable::contiguous(ptr_)), perm(perm_ ? torch::stable::contiguous(*perm_) : ptr) {
-    STD_TORCH_CHECK(src.dim() >= 1, op, ": src must have one row per edge");
-    check_index_dtype(ptr, op, "ptr");
-    STD_TORCH_CHECK(ptr.numel() > 0, op, ": ptr must not be empty");
+      : ptr(made_contiguous(ptr_)), perm(perm_ ? made_contiguous(*perm_) : ptr) {
+    job.ptr = checked_ptr(op, src, ptr);
     num_segments = ptr.numel() - 1;
-    job.ptr = index_data(ptr);
     job.num_edges = src.size(0);
-    job.width = 1;
-    for (int64_t d = 1; d < src.dim(); ++d) job.width *= src.size(d);
-    check_ptr(op, job.ptr, num_segments, job.num_edges);
+    job.width = row_width(src);
     if (!perm_) return;
     check_index_dtype(perm, op, "edge_perm");
     STD_TORCH_CHECK(perm.numel() == job.num_edges, op, ": edge_perm must have one entry per edge");
@@ -70,6 +80,14 @@ void check_rows(const char* op, const char* name, const Tensor& t, ScalarType dt
   STD_TORCH_CHECK(same, op, ": ", name, " must have ", rows, " rows of the shape of src's");
 }
 
+// Whether the rows are taken in their order, by the segment of each, and not segment by segment.
+bool in_order(const char* op, const Tensor& src, const Tensor& ptr, const std::optional<Tensor>& perm,
+              const std::optional<Tensor>& index) {
+  if (!perm || !index || !takes_rows_in_order(row_width(src))) return false;
+  checked_ptr(op, src, made_contiguous(ptr));
+  return true;
+}
+
 template <class S>
 void run(const SegmentKernel& kernel, const SegmentJob& job, int64_t num_segments) {
   using T = typename accumulate<S>::type;
@@ -96,9 +114,11 @@ void run(const SegmentKernel& kernel, const SegmentJob& job, int64_t num_segment
 }
 
 Tensor segment_softmax_cpu(const Tensor& src_, const Tensor& ptr, const std::optional<Tensor>& perm,
-                           const std::optional<Tensor>&, bool log) {
+                           const std::optional<Tensor>& index, bool log) {
   constexpr const char* op = "segment_softmax";
-  const Tensor src = torch::stable::contiguous(src_);
+  const Tensor src = made_contiguous(src_);
+  if (in_order(op, src, ptr, perm, index))
+    return softmax_by_index(op, "dst_index", src, *index, ptr.numel() - 1, log);
   Rows rows(op, src, ptr, perm);
   Tensor out = torch::stable::new_empty(src, src.sizes());
   dispatch_floating(src.scalar_type(), op, [&](auto zero) {
@@ -114,11 +134,13 @@ Tensor segment_softmax_cpu(const Tensor& src_, const Tensor& ptr, const std::opt
 }
 
 Tensor segment_softmax_grad_cpu(const Tensor& grad_, const Tensor& out_, const Tensor& ptr,
-                                const std::optional<Tensor>& perm, const std::optional<Tensor>&, bool log) {
+                                const std::optional<Tensor>& perm, const std::optional<Tensor>& index, bool log) {
   constexpr const char* op = "segment_softmax_grad";
-  const Tensor grad = torch::stable::contiguous(grad_), out = torch::stable::contiguous(out_);
-  Rows rows(op, out, ptr, perm);
+  const Tensor grad = made_contiguous(grad_), out = made_contiguous(out_);
   check_rows(op, "grad", grad, out.scalar_type(), out, out.size(0));
+  if (in_order(op, out, ptr, perm, index))
+    return softmax_grad_by_index(op, "dst_index", grad, out, *index, ptr.numel() - 1, log);
+  Rows rows(op, out, ptr, perm);
   Tensor to = torch::stable::new_empty(out, out.sizes());
   dispatch_floating(out.scalar_type(), op, [&](auto zero) {
     using S = decltype(zero);
@@ -134,9 +156,10 @@ Tensor segment_softmax_grad_cpu(const Tensor& grad_, const Tensor& out_, const T
 }
 
 Tensor segment_logsumexp_cpu(const Tensor& src_, const Tensor& ptr, const std::optional<Tensor>& perm,
-                             const std::optional<Tensor>&) {
+                             const std::optional<Tensor>& index) {
   constexpr const char* op = "segment_logsumexp";
-  const Tensor src = torch::stable::contiguous(src_);
+  const Tensor src = made_contiguous(src_);
+  if (in_order(op, src, ptr, perm, index)) return logsumexp_by_index(op, "dst_index", src, *index, ptr.numel() - 1);
   Rows rows(op, src, ptr, perm);
   Tensor out = rows.per_segment(src, wide_type(src.scalar_type()));
   dispatch_floating(src.scalar_type(), op, [&](auto zero) {
@@ -152,13 +175,15 @@ Tensor segment_logsumexp_cpu(const Tensor& src_, const Tensor& ptr, const std::o
 }
 
 Tensor segment_logsumexp_grad_cpu(const Tensor& grad_, const Tensor& src_, const Tensor& out_, const Tensor& ptr,
-                                  const std::optional<Tensor>& perm, const std::optional<Tensor>&) {
+                                  const std::optional<Tensor>& perm, const std::optional<Tensor>& index) {
   constexpr const char* op = "segment_logsumexp_grad";
-  const Tensor grad = torch::stable::contiguous(grad_), src = torch::stable::contiguous(src_);
-  const Tensor out = torch::stable::contiguous(out_);
+  const Tensor grad = made_contiguous(grad_), src = made_contiguous(src_);
+  const Tensor out = made_contiguous(out_);
+  check_rows(op, "grad", grad, wide_type(src.scalar_type()), src, ptr.numel() - 1);
+  check_rows(op, "out", out, wide_type(src.scalar_type()), src, ptr.numel() - 1);
+  if (in_order(op, src, ptr, perm, index))
+    return logsumexp_grad_by_index(op, "dst_index", grad, src, out, *index, ptr.numel() - 1);
   Rows rows(op, src, ptr, perm);
-  check_rows(op, "grad", grad, wide_type(src.scalar_type()), src, rows.num_segments);
-  check_rows(op, "out", out, wide_type(src.scalar_type()), src, rows.num_segments);
   Tensor to = torch::stable::new_empty(src, src.sizes());
   dispatch_floating(src.scalar_type(), op, [&](auto zero) {
     using S = decltype(zero);
@@ -177,7 +202,7 @@ Tensor segment_logsumexp_grad_cpu(const Tensor& grad_, const Tensor& src_, const
 std::tuple<Tensor, Tensor> segment_std_cpu(const Tensor& src_, const Tensor& ptr, const std::optional<Tensor>& perm,
                                            const std::optional<Tensor>&, bool unbiased) {
   constexpr const char* op = "segment_std";
-  const Tensor src = torch::stable::contiguous(src_);
+  const Tensor src = made_contiguous(src_);
   Rows rows(op, src, ptr, perm);
   Tensor std = rows.per_segment(src, src.scalar_type()), mean = rows.per_segment(src, wide_type(src.scalar_type()));
   dispatch_floating(src.scalar_type(), op, [&](auto zero) {
@@ -195,6 +220,44 @@ std::tuple<Tensor, Tensor> segment_std_cpu(const Tensor& src_, const Tensor& ptr
   return {std, mean};
 }
 
+// -- by index: sorted rows as segments, others in their order ----------------------------------------------------------
+std::optional<Tensor> ptr_of_sorted(const char* op, const Tensor& index_, int64_t size) {
+  check_index_dtype(index_, op, "index");
+  STD_TORCH_CHECK(size >= 0, op, ": size must not be negative, got ", size);
+  const Tensor index = made_contiguous(index_), ptr = torch::stable::new_empty(index, {size + 1});
+  if (sorted_ptr(index_data(index), index.numel(), size, write<int64_t>(ptr))) return ptr;
+  return std::nullopt;
+}
+
+Tensor scatter_softmax_cpu(const Tensor& src, const Tensor& index, int64_t size, bool log) {
+  constexpr const char* op = "scatter_softmax";
+  if (const auto ptr = ptr_of_sorted(op, index, size)) return segment_softmax_cpu(src, *ptr, {}, {}, log);
+  return softmax_by_index(op, "index", made_contiguous(src), index, size, log);
+}
+
+Tensor scatter_softmax_grad_cpu(const Tensor& grad, const Tensor& out, const Tensor& index, int64_t size, bool log) {
+  constexpr const char* op = "scatter_softmax_grad";
+  if (const auto ptr = ptr_of_sorted(op, index, size)) return segment_softmax_grad_cpu(grad, out, *ptr, {}, {}, log);
+  check_rows(op, "grad", grad, out.scalar_type(), out, out.size(0));
+  return softmax_grad_by_index(op, "index", made_contiguous(grad), made_contiguous(out), index, size,
+                               log);
+}
+
+Tensor scatter_logsumexp_cpu(const Tensor& src, const Tensor& index, int64_t size) {
+  constexpr const char* op = "scatter_logsumexp";
+  if (const auto ptr = ptr_of_sorted(op, index, size)) return segment_logsumexp_cpu(src, *ptr, {}, {});
+  return logsumexp_by_index(op, "index", made_contiguous(src), index, size);
+}
+
+Tensor scatter_logsumexp_grad_cpu(const Tensor& grad, const Tensor& src, const Tensor& out, const Tensor& index) {
+  constexpr const char* op = "scatter_logsumexp_grad";
+  const int64_t size = out.size(0);
+  check_rows(op, "grad", grad, wide_type(src.scalar_type()), src, size);
+  check_rows(op, "out", out, wide_type(src.scalar_type()), src, size);
+  return logsumexp_grad_by_index(op, "index", made_contiguous(grad), made_contiguous(src),
+                                 made_contiguous(out), index, size);
+}
+
 }  // namespace
 }  // namespace geo
 
@@ -203,5 +266,9 @@ STABLE_TORCH_LIBRARY_IMPL(geo, CPU, m) {
   m.impl("segment_softmax_grad", TORCH_BOX(&geo::segment_softmax_grad_cpu));
   m.impl("segment_logsumexp", TORCH_BOX(&geo::segment_logsumexp_cpu));
   m.impl("segment_logsumexp_grad", TORCH_BOX(&geo::segment_logsumexp_grad_cpu));
+  m.impl("scatter_softmax", TORCH_BOX(&geo::scatter_softmax_cpu));
+  m.impl("scatter_softmax_grad", TORCH_BOX(&geo::scatter_softmax_grad_cpu));
+  m.impl("scatter_logsumexp", TORCH_BOX(&geo::scatter_logsumexp_cpu));
+  m.impl("scatter_logsumexp_grad", TORCH_BOX(&geo::scatter_logsumexp_grad_cpu));
   m.impl("segment_std", TORCH_BOX(&geo::segment_std_cpu));
 }

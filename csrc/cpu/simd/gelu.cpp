@@ -4,16 +4,6 @@
 #include "vec.h"
 
 namespace geo {
-
-template <>
-struct bits_of<GEO_SIMD_NAMESPACE::vfloat> {
-  typedef GEO_SIMD_NAMESPACE::vbits32 type;
-};
-template <>
-struct bits_of<GEO_SIMD_NAMESPACE::vdouble> {
-  typedef uint64_t type __attribute__((vector_size(GEO_VECTOR_BYTES)));
-};
-
 namespace GEO_SIMD_NAMESPACE {
 namespace {
 

@@ -6,6 +6,7 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "../../gelu.h"
 #include "../../half.h"
 #include "../../macros.h"
 
@@ -40,6 +41,20 @@ typedef vec<double>::type vdouble;
 typedef uint16_t vbits16 __attribute__((vector_size(GEO_VECTOR_BYTES / 2)));
 typedef uint16_t vbits16_loose __attribute__((vector_size(GEO_VECTOR_BYTES / 2), aligned(2), may_alias));
 typedef uint32_t vbits32 __attribute__((vector_size(GEO_VECTOR_BYTES)));
+typedef uint64_t vbits64 __attribute__((vector_size(GEO_VECTOR_BYTES)));
+
+}  // namespace GEO_SIMD_NAMESPACE
+
+template <>
+struct bits_of<GEO_SIMD_NAMESPACE::vfloat> {
+  typedef GEO_SIMD_NAMESPACE::vbits32 type;
+};
+template <>
+struct bits_of<GEO_SIMD_NAMESPACE::vdouble> {
+  typedef GEO_SIMD_NAMESPACE::vbits64 type;
+};
+
+namespace GEO_SIMD_NAMESPACE {
 
 // load: lanes of S, widened to the type it is computed in.
 GEO_INLINE vfloat load(const float* p) { return *reinterpret_cast<const vec<float>::loose*>(p); }
