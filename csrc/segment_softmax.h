@@ -39,8 +39,18 @@ GEO_HD typename bits_of<V>::type to_bits(V v) {
   return u;
 }
 
-// exp(x) for all x, within 1.5 units in the last place; 2^n is multiplied in as two factors, since n may be below the
-// normal range or one above it. Far below, where masked entries and lanes are, no number gets subnormal on the way to 0:
+// v 2^n as two factors, since n may be below the normal range or one above it; `shifted` is n + GeluNumbers<T>::shift.
+template <class T, class V>
+struct TimesPowerOfTwo {
+  GEO_HD V of(V v, V, V shifted) {
+    using N = ExpNumbers<T>;
+    using G = GeluNumbers<T>;
+    const auto biased = to_bits(shifted) - (N::shift - 2 * N::bias), first = biased >> 1;
+    return v * from_bits<V>(first << G::mantissa) * from_bits<V>((biased - first) << G::mantissa);
+  }
+};
+
+// exp(x) for all x, within 1.5 units in the last place. Far below, where masked entries and lanes are, no number gets subnormal on the way to 0:
 // that would cost the processor a hundred cycles.
 template <class T, class V>
 GEO_HD V exp_value(V x) {
@@ -49,9 +59,7 @@ GEO_HD V exp_value(V x) {
   const V most = V{} + N::most, above = x < N::least ? V{} : x, cut = above > most ? most : above;  // NaN stays
   const V shifted = cut * N::log2e + G::shift, n = shifted - G::shift;
   const V r = (cut - n * G::ln2_high) - n * G::ln2_low;
-  const auto biased = to_bits(shifted) - (N::shift - 2 * N::bias), first = biased >> 1;
-  const V power = small_exp(r, T{}) * from_bits<V>(first << G::mantissa) * from_bits<V>((biased - first) << G::mantissa);
-  return x < N::least ? V{} : power;
+  return x < N::least ? V{} : TimesPowerOfTwo<T, V>::of(small_exp(r, T{}), n, shifted);
 }
 
 template <class V>

@@ -71,8 +71,10 @@ struct Scatter {
 
   template <class Pass>
   void for_rows(Pass&& pass) const {
-    const int64_t block = 1 << 15, total = job.num_rows * job.width;
-    parallel_blocks(total, block, [&](int64_t, int64_t begin, int64_t end) { pass(begin, end); });
+    const int64_t width = std::max<int64_t>(1, job.width);
+    parallel_blocks(job.num_rows, block_of(width * int64_t(sizeof(S))), [&](int64_t, int64_t begin, int64_t end) {
+      pass(begin * job.width, end * job.width);
+    });
   }
   template <class Pass>
   void for_entries(Pass&& pass) const {

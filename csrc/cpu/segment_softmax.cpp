@@ -181,8 +181,10 @@ Tensor segment_logsumexp_grad_cpu(const Tensor& grad_, const Tensor& src_, const
   const Tensor out = made_contiguous(out_);
   check_rows(op, "grad", grad, wide_type(src.scalar_type()), src, ptr.numel() - 1);
   check_rows(op, "out", out, wide_type(src.scalar_type()), src, ptr.numel() - 1);
-  if (in_order(op, src, ptr, perm, index))
+  if (perm && index) {  // nothing to sum: any rows in their order
+    checked_ptr(op, src, made_contiguous(ptr));
     return logsumexp_grad_by_index(op, "dst_index", grad, src, out, *index, ptr.numel() - 1);
+  }
   Rows rows(op, src, ptr, perm);
   Tensor to = torch::stable::new_empty(src, src.sizes());
   dispatch_floating(src.scalar_type(), op, [&](auto zero) {

@@ -2,18 +2,13 @@
 // segments is gathered for the block and added to tables row after row, the rest is done in vectors.
 #include "../scatter_softmax_table.h"
 
-#include "../../segment_softmax.h"
-#include "vec.h"
+#include "exponentials.h"
 
 namespace geo {
 namespace GEO_SIMD_NAMESPACE {
 namespace {
 
 constexpr int kBlock = 256;  // entries
-
-// The sums of exponentials without maximum that are used. A larger one may hold a term that became infinite, and beside a
-// smaller one a term might count that lost digits or became 0.
-constexpr double kLeastSum = 1e-10, kMostSum = 1e26;
 
 // The first entry out of [0, size), or -1: unsigned, what is negative is too large.
 GEO_INLINE int64_t first_bad(const int64_t* index, int64_t size, int64_t begin, int64_t end) {
@@ -54,16 +49,6 @@ GEO_INLINE int64_t for_blocks(const ScatterJob& job, int64_t begin, int64_t end,
     f(e, n, static_cast<const int64_t*>(flat));
   }
   return -1;
-}
-
-// f(k, get, put) for vectors of n entries; get and put take the last one's lanes alone.
-template <class T, class F>
-GEO_INLINE void for_vectors(int64_t begin, int64_t end, F&& f) {
-  int64_t k = begin;
-  for (; k + vec<T>::lanes <= end; k += vec<T>::lanes)
-    f([k](const auto* p) { return load(p + k); }, [k](auto* p, auto v) { store(p + k, v); });
-  const int n = int(end - k);
-  if (n) f([k, n](const auto* p) { return load_n(p + k, n); }, [k, n](auto* p, auto v) { store_n(p + k, v, n); });
 }
 
 template <class T>
@@ -149,6 +134,7 @@ struct Kernels {
   }
 
   static int64_t logsumexp_grad(const ScatterJob& job, int64_t begin, int64_t end) {
+    if (job.width >= vec<T>::lanes) return logsumexp_grad_wide(job, begin / job.width, end / job.width);
     return for_blocks(job, begin, end, [&](int64_t e, int n, const int64_t* at) {
       alignas(64) T g[kBlock], level[kBlock];
       const S* x = static_cast<const S*>(job.x) + e;
@@ -159,18 +145,30 @@ struct Kernels {
     });
   }
 
+  static int64_t logsumexp_grad_wide(const ScatterJob& job, int64_t first, int64_t last) {
+    const int64_t bad = first_bad(job.index, job.size, first, last);
+    for (int64_t e = first; bad < 0 && e < last; ++e) {
+      const T* g = static_cast<const T*>(job.g) + job.index[e] * job.width;
+      const T* level = static_cast<const T*>(job.level) + job.index[e] * job.width;
+      const S* x = static_cast<const S*>(job.x) + e * job.width;
+      S* out = static_cast<S*>(job.out) + e * job.width;
+      for_vectors<T>(0, job.width, [&](auto get, auto put) {
+        put(out, logsumexp_grad_value<T>(get(g), get(x), get(level)));
+      });
+    }
+    return bad;
+  }
+
   static bool merge(void* sums, int64_t parts, int64_t entries, int64_t begin, int64_t end) {
     T* sum = static_cast<T*>(sums);
     for (int64_t k = 1; k < parts; ++k)
       for (int64_t i = begin; i < end; i += vec<T>::lanes) store(sum + i, load(sum + i) + load(sum + k * entries + i));
     const auto none = to_bits(kNoSum<T>);
-    auto bad = V{} != V{};
+    bool fits = true;
     for (int64_t i = begin; i < end; i += vec<T>::lanes) {
       const V s = load(sum + i);
-      bad |= ~((s >= T(kLeastSum)) & (s <= T(kMostSum))) & (to_bits(s) != none);
+      fits &= all_of(((s >= T(kLeastSum)) & (s <= T(kMostSum))) | (to_bits(s) == none));
     }
-    bool fits = true;
-    GEO_UNROLL(16) for (int lane = 0; lane < vec<T>::lanes; ++lane) fits &= bad[lane] == 0;
     return fits;
   }
 

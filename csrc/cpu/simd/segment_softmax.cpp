@@ -3,9 +3,8 @@
 // fill a vector: the lanes that hold one column are then folded together.
 #include "../segment_softmax_table.h"
 
-#include "../../segment_softmax.h"
 #include "../../segments.h"
-#include "vec.h"
+#include "exponentials.h"
 
 #define GEO_METHOD inline __attribute__((always_inline))
 
@@ -289,6 +288,21 @@ struct LogSumExp : Exponentials<S> {
   using typename Exponentials<S>::V;
   static constexpr bool kRows = false, kKeeps = false;
 
+  // Without maximum, which saves a visit of the rows, where the sums are such that it is as good.
+  template <bool kKeep, class R>
+  GEO_INLINE void reduce(const SegmentJob& job, const R& rows, V (&state)[2][R::kCount], T* kept) {
+    const S* x = static_cast<const S*>(job.x);
+    V sum[R::kCount];
+    GEO_FOR_VECTORS(j) sum[j] = V{};
+    rows.each([&](auto place) { GEO_FOR_VECTORS(j) sum[j] += exp_value<T>(place.get(x, j, V{} - ExpNumbers<T>::infinity)); });
+    auto fits = V{} == V{};
+    GEO_FOR_VECTORS(j) {
+      state[0][j] = V{};
+      state[1][j] = rows.fold(sum[j], [](V a, V b) { return a + b; });
+      fits &= (state[1][j] >= T(kLeastSum)) & (state[1][j] <= T(kMostSum));
+    }
+    if (!all_of(fits)) Exponentials<S>::template reduce<kKeep>(job, rows, state, kept);
+  }
   template <class R>
   GEO_INLINE void close(const SegmentJob& job, int64_t i, const R& rows, V (&state)[2][R::kCount]) {
     T* out = static_cast<T*>(job.out) + i * job.width;
@@ -501,37 +515,155 @@ struct Kernel {
   }
 };
 
-// Of narrow rows the logarithms are taken many segments at a time, since one segment's would leave most lanes idle.
+// Narrow sorted rows, many segments at a time: what is the same for all entries is done without regard to segments, so that
+// no lanes are idle. Entries of the segments [from, to) are kept in buffers. Segments of few entries take no branch that is
+// hard to predict: the first kAhead are always gone over, and buffers have room for as many behind their end.
+template <class S>
+struct Packed {
+  using T = typename accumulate<S>::type;
+  using V = typename vec<T>::type;
+  static constexpr int kLanes = vec<T>::lanes, kAhead = kLanes < 8 ? 2 * kLanes : 32;
+  static constexpr int kEntries = 1 << 11, kSegments = 1 << 9;  // kSegments: entries of a table of segments
+  struct Buffer {
+    alignas(64) T at[kEntries + kAhead] = {};
+  };
+  const SegmentJob& job;
+  int64_t from, to;  // segments
+
+  // pack(segments) for runs of short segments, other(i) for long ones
+  template <class Pack, class Other>
+  GEO_INLINE void each(const SegmentJob& job, int64_t first, int64_t last, Pack&& pack, Other&& other) {
+    for (int64_t from = first; from < last;) {
+      int64_t to = from;
+      const int64_t most = from + kSegments / job.width < last ? from + kSegments / job.width : last;
+      while (to < most && (job.ptr[to + 1] - job.ptr[from]) * job.width <= kEntries) ++to;
+      if (to > from)
+        pack(Packed{job, from, to});
+      else
+        other(to++);
+      from = to;
+    }
+  }
+
+  GEO_METHOD int64_t begin() const { return job.ptr[from] * job.width; }
+  GEO_METHOD int64_t size() const { return job.ptr[to] * job.width - begin(); }
+  GEO_METHOD int64_t entry(int64_t i) const { return (job.ptr[i] - job.ptr[from]) * job.width; }
+
+  // The sums of buffered entries over each segment; 0 of none.
+  GEO_METHOD void sum(const T* entries, T* sums) const {
+    for (int64_t i = from; i < to; ++i) {
+      const T* p = entries + entry(i);
+      const int64_t n = entry(i + 1) - entry(i);
+      V s = lanes_below(p, n, 0);
+      GEO_UNROLL(8) for (int k = kLanes; k < kAhead; k += kLanes) s += lanes_below(p, n, k);
+      for (int64_t k = kAhead; k < n; k += kLanes) s += lanes_below(p, n, k);
+      store(sums + (i - from) * job.width, fold_lanes(s, job.width, [](V a, V b) { return a + b; }));
+    }
+  }
+  // f(i) for segments with a sum of exponentials that is not to be used without maximum.
+  template <class F>
+  GEO_METHOD void each_unused(const T* sums, F&& f) const {
+    const auto is_used = [](auto sum) { return (sum >= T(kLeastSum)) & (sum <= T(kMostSum)); };
+    const int64_t count = (to - from) * job.width;
+    for (int64_t k = 0; k < count; k += kLanes) {
+      if (k + kLanes <= count && all_of(is_used(load(sums + k)))) continue;
+      int64_t last = -1;
+      for (int64_t c = k; c < count && c < k + kLanes; ++c)
+        if (!is_used(sums[c]) && c / job.width != last) f(from + (last = c / job.width));
+    }
+  }
+  // Each segment's value at all its entries.
+  template <class R>
+  GEO_METHOD void spread(const R* values, T* entries) const {
+    const Narrow<S, false> rows{job, 0, 0};
+    for (int64_t i = from; i < to; ++i) {
+      const V v = rows.get(values + (i - from) * job.width, 0);
+      T* p = entries + entry(i);
+      GEO_UNROLL(8) for (int k = 0; k < kAhead; k += kLanes) store(p + k, v);
+      for (int64_t k = kAhead; k < entry(i + 1) - entry(i); k += kLanes) store(p + k, v);
+    }
+  }
+
+ private:
+  // The vector at p + k, 0 from lane n - k on.
+  GEO_INLINE V lanes_below(const T* p, int64_t n, int64_t k) {
+    const int64_t left = n - k;
+    return first_lanes(load(p + k), int(left < 0 ? 0 : left > kLanes ? kLanes : left), V{});
+  }
+};
+
+template <class S>
+struct SoftmaxKernel : Kernel<S, Softmax<S, false>> {
+  using Base = Kernel<S, Softmax<S, false>>;
+  using T = typename accumulate<S>::type;
+  using P = Packed<S>;
+
+  static void run(const SegmentJob& job, int64_t first, int64_t last) {
+    if (job.perm || !is_narrow<S>(job)) return Base::run(job, first, last);
+    typename P::Buffer exps, divisors;
+    alignas(64) T sums[P::kSegments + P::kLanes];
+    auto pack = [&](const P& segments) {
+      const S* x = static_cast<const S*>(job.x) + segments.begin();
+      S* out = static_cast<S*>(job.out) + segments.begin();
+      for_vectors<T>(0, segments.size(), [&](auto get, auto put) { put(exps.at, exp_value<T>(get(x))); });
+      segments.sum(exps.at, sums);
+      segments.spread(sums, divisors.at);
+      for_vectors<T>(0, segments.size(), [&](auto get, auto put) { put(out, get(exps.at) / get(divisors.at)); });
+      segments.each_unused(sums, [&](int64_t i) { Base::run(job, i, i + 1); });
+    };
+    P::each(job, first, last, pack, [&](int64_t i) { Base::run(job, i, i + 1); });
+  }
+};
+
 template <class S>
 struct LogSumExpKernel : Kernel<S, LogSumExp<S>> {
   using Base = Kernel<S, LogSumExp<S>>;
   using T = typename accumulate<S>::type;
   using V = typename vec<T>::type;
+  using P = Packed<S>;
 
   static void run(const SegmentJob& job, int64_t first, int64_t last) {
-    if (!is_narrow<S>(job)) return Base::run(job, first, last);
-    constexpr int64_t size = kKeptBytes / sizeof(T) / 2;
-    alignas(64) T max[size] = {}, sum[size] = {};
-    const int64_t batch = size / job.width;
-    for (int64_t from = first; from < last; from += batch) {
-      const int64_t to = from + batch < last ? from + batch : last, count = (to - from) * job.width;
-      for (int64_t i = from; i < to; ++i) {
-        for_narrow_rows<S>(job, job.ptr[i], job.ptr[i + 1], [&](const auto& rows) {
-          V state[2][1] = {{V{}}, {V{} + T(1)}};  // of no rows the result is 0
-          if (rows.begin < rows.end) LogSumExp<S>::template reduce<false>(job, rows, state, static_cast<T*>(nullptr));
-          rows.put(max + (i - from) * job.width, 0, state[0][0]);
-          rows.put(sum + (i - from) * job.width, 0, state[1][0]);
-        });
-      }
-      T* out = static_cast<T*>(job.out) + from * job.width;
-      for (int64_t k = 0; k < count; k += vec<T>::lanes) {
-        const V value = logsumexp_value<T>(MaxSum<V>{load(max + k), load(sum + k)});
-        if (k + vec<T>::lanes <= count)
-          store(out + k, value);
-        else
-          store_n(out + k, value, int(count - k));
-      }
-    }
+    if (job.perm || !is_narrow<S>(job)) return Base::run(job, first, last);
+    typename P::Buffer exps;
+    alignas(64) T sums[P::kSegments + P::kLanes];
+    auto pack = [&](const P& segments) {
+      const S* x = static_cast<const S*>(job.x) + segments.begin();
+      for_vectors<T>(0, segments.size(), [&](auto get, auto put) { put(exps.at, exp_value<T>(get(x))); });
+      segments.sum(exps.at, sums);
+      const int64_t count = (segments.to - segments.from) * job.width;
+      T* out = static_cast<T*>(job.out) + segments.from * job.width;
+      for_vectors<T>(0, count, [&](auto get, auto put) { put(out, log_value<T>(get(sums))); });
+      segments.each_unused(sums, [&](int64_t i) { Base::run(job, i, i + 1); });
+    };
+    P::each(job, first, last, pack, [&](int64_t i) { Base::run(job, i, i + 1); });
+  }
+
+  static constexpr SegmentKernel table() {
+    SegmentKernel kernel = Base::table();
+    kernel.run = run;
+    return kernel;
+  }
+};
+
+template <class S>
+struct LogSumExpGradKernel : Kernel<S, LogSumExpGrad<S>> {
+  using Base = Kernel<S, LogSumExpGrad<S>>;
+  using T = typename accumulate<S>::type;
+  using P = Packed<S>;
+
+  static void run(const SegmentJob& job, int64_t first, int64_t last) {
+    if (job.perm || !is_narrow<S>(job)) return Base::run(job, first, last);
+    typename P::Buffer g, level;
+    auto pack = [&](const P& segments) {
+      const S* x = static_cast<const S*>(job.x) + segments.begin();
+      S* out = static_cast<S*>(job.out) + segments.begin();
+      segments.spread(static_cast<const T*>(job.g) + segments.from * job.width, g.at);
+      segments.spread(static_cast<const T*>(job.level) + segments.from * job.width, level.at);
+      for_vectors<T>(0, segments.size(), [&](auto get, auto put) {
+        put(out, logsumexp_grad_value<T>(get(g.at), get(x), get(level.at)));
+      });
+    };
+    P::each(job, first, last, pack, [&](int64_t i) { Base::run(job, i, i + 1); });
   }
 
   static constexpr SegmentKernel table() {
@@ -560,12 +692,12 @@ struct ByLog {
 
 template <class S>
 constexpr SegmentSoftmaxTable table() {
-  using Forward = ByLog<Kernel<S, Softmax<S, false>>, Kernel<S, Softmax<S, true>>>;
+  using Forward = ByLog<SoftmaxKernel<S>, Kernel<S, Softmax<S, true>>>;
   using Backward = ByLog<Kernel<S, SoftmaxGrad<S, false>>, Kernel<S, SoftmaxGrad<S, true>>>;
   return {{2, Forward::run, Forward::piece, Forward::finish, Forward::write},
           {1, Backward::run, Backward::piece, Backward::finish, Backward::write},
           LogSumExpKernel<S>::table(),
-          Kernel<S, LogSumExpGrad<S>>::table(),
+          LogSumExpGradKernel<S>::table(),
           Kernel<S, Std<S>>::table()};
 }
 
