@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/macros.h>
 
 #include <algorithm>
+#include <tuple>
 
 #include "../dispatch.h"
 #include "../segments.h"
@@ -38,8 +39,20 @@ __device__ __forceinline__ void segment_range(const int64_t* ptr, int64_t i, int
   end = min(max(ptr[i + 1], begin), num_edges);
 }
 
+// Which piece k of which hub i has this slot, and the edges of the hub; false where none has.
+__device__ __forceinline__ bool piece_of(const int64_t* ptr, int64_t num_segments, int64_t num_edges, int64_t slot,
+                                         int64_t& i, int64_t& k, int64_t& begin, int64_t& end) {
+  i = slot_owner(ptr, num_segments, slot);
+  segment_range(ptr, i, num_edges, begin, end);
+  k = slot - first_slot(begin);
+  return is_hub(begin, end) && k >= 0 && k < num_pieces(begin, end);
+}
+
 // Note every entry of ptr that breaks the rise from 0 to num_edges.
 void check_ptr_cuda(const char* op, const Tensor& ptr, int64_t num_edges);
+
+// (ptr, perm) of an index (sort.cu). Rows with a bad entry, which are noted, come last, behind all segments.
+std::tuple<Tensor, Tensor> csr_from_index_cuda(const Tensor& index, int64_t size);
 
 // Blocks of `threads` threads, rows of which run along the features: x features of a tile, y items at a time.
 struct Launch {

@@ -1,5 +1,5 @@
-// CUDA launchers of the segment ops.
-#include "gather_mul.cuh"
+// CUDA launchers of the segment ops, of scatter_sum and of the gathers.
+#include "segment_reduce.cuh"
 
 #include <optional>
 #include <tuple>
@@ -19,6 +19,8 @@ int64_t row_width(const Tensor& t) {
   for (int64_t d = 1; d < t.dim(); ++d) width *= t.size(d);
   return width;
 }
+
+unsigned grid_of(int64_t blocks) { return static_cast<unsigned>(std::clamp<int64_t>(blocks, 1, int64_t(1) << 20)); }
 
 // Contiguous tensors of an op; perm, where there is one, holds the row at each place of the CSR order.
 struct Segments {
@@ -50,88 +52,37 @@ struct Segments {
   }
 };
 
+// -- reductions --------------------------------------------------------------------------------------------------------
+// Reduce the rows of src in the order of ptr and perm; arg where the op gives rows, too.
+template <template <typename> class Op>
+void reduce_rows(const char* name, const Tensor& src, const Tensor& ptr, const int64_t* perm, bool mean, bool largest,
+                 const Tensor& out, const Tensor* arg) {
+  dispatch_floating(src.scalar_type(), name, [&](auto zero) {
+    using S = decltype(zero);
+    reduce::Job<S> job{};
+    job.x = read<S>(src);
+    job.ptr = index_data(ptr);
+    job.perm = perm;
+    job.out = write<S>(out);
+    job.arg = arg ? write<int64_t>(*arg) : nullptr;
+    job.num_rows = job.num_edges = src.size(0);
+    job.num_segments = ptr.numel() - 1;
+    job.width = row_width(src);
+    job.mean = mean;
+    job.largest = largest;
+    job.flag = fault_flag(src.get_device_index());
+    reduce::launch<Op<S>>(job, src);
+  });
+}
+
 Tensor segment_sum_cuda(const Tensor& src, const Tensor& ptr, const std::optional<Tensor>& perm,
                         const std::optional<Tensor>&, bool mean) {
   constexpr const char* op = "segment_sum";
   const DeviceGuard guard(src.get_device_index());
   const Segments s(op, src, ptr, perm, std::nullopt, src.dim() ? src.size(0) : 0);
-  SumArgs a{};
-  a.layout.push(s.width, false);
-  a.layout.finish();
-  a.ptr = index_data(s.ptr);
-  a.perm = s.order();
-  a.num_src = a.num_edges = s.num_rows;
-  a.num_segments = s.num_segments;
-  a.mean = mean;
-  a.flag = s.flag;
   Tensor out = torch::stable::new_empty(s.src, with_rows(s.src, s.num_segments));
-  dispatch_floating(s.src.scalar_type(), op, [&](auto zero) {
-    using S = decltype(zero);
-    launch_sum<S>(a, s.src, read<S>(s.src), nullptr, write<S>(out));
-  });
+  reduce_rows<reduce::Sum>(op, s.src, s.ptr, s.order(), mean, false, out, nullptr);
   return out;
-}
-
-// -- products ----------------------------------------------------------------------------------------------------------
-struct RowsArgs {
-  const int64_t* ptr;
-  const int64_t* perm;
-  int64_t num_rows, num_segments, width;
-  bool largest;
-  long long* flag;
-};
-
-// The row at a place of the CSR order; -1, and a note, where perm holds none.
-__device__ int64_t row_at(const RowsArgs& a, int64_t place) {
-  const int64_t row = a.perm ? a.perm[place] : place;
-  if (row >= 0 && row < a.num_rows) return row;
-  note_fault(a.flag, kEdgePerm, place);
-  return -1;
-}
-
-template <typename S>
-__device__ typename accumulate<S>::type product_of(const RowsArgs& a, const S* src, int64_t begin, int64_t end,
-                                                   int64_t f) {
-  typename accumulate<S>::type product = 1;
-  for (int64_t k = begin; k < end; ++k) {
-    const int64_t row = row_at(a, k);
-    if (row >= 0) product *= widen(src[row * a.width + f]);
-  }
-  return product;
-}
-
-template <typename S>
-__global__ void product_kernel(RowsArgs a, const S* __restrict__ src, S* __restrict__ out, int64_t tiles) {
-  GEO_FOR_ITEMS(i, f, a.num_segments, a.width, tiles) {
-    int64_t begin, end;
-    segment_range(a.ptr, i, a.num_rows, begin, end);
-    if (!is_hub(begin, end)) narrow(product_of(a, src, begin, end, f), out + i * a.width + f);
-  }
-}
-
-template <typename S>
-__global__ void product_pieces_kernel(RowsArgs a, const S* __restrict__ src,
-                                      typename accumulate<S>::type* __restrict__ pieces, int64_t tiles) {
-  GEO_FOR_ITEMS(slot, f, num_slots(a.num_rows), a.width, tiles) {
-    int64_t begin, end;
-    segment_range(a.ptr, slot_owner(a.ptr, a.num_segments, slot), a.num_rows, begin, end);
-    const int64_t k = slot - first_slot(begin);
-    if (!is_hub(begin, end) || k < 0 || k >= num_pieces(begin, end)) continue;
-    pieces[slot * a.width + f] = product_of(a, src, piece_begin(begin, k), piece_end(begin, end, k), f);
-  }
-}
-
-template <typename S>
-__global__ void product_hubs_kernel(RowsArgs a, const typename accumulate<S>::type* __restrict__ pieces,
-                                    S* __restrict__ out, int64_t tiles) {
-  GEO_FOR_ITEMS(i, f, a.num_segments, a.width, tiles) {
-    int64_t begin, end;
-    segment_range(a.ptr, i, a.num_rows, begin, end);
-    if (!is_hub(begin, end)) continue;
-    typename accumulate<S>::type product = 1;
-    for (int64_t k = 0; k < num_pieces(begin, end); ++k) product *= pieces[(first_slot(begin) + k) * a.width + f];
-    narrow(product, out + i * a.width + f);
-  }
 }
 
 Tensor segment_prod_cuda(const Tensor& src, const Tensor& ptr, const std::optional<Tensor>& perm,
@@ -140,56 +91,149 @@ Tensor segment_prod_cuda(const Tensor& src, const Tensor& ptr, const std::option
   const DeviceGuard guard(src.get_device_index());
   const Segments s(op, src, ptr, perm, std::nullopt, src.dim() ? src.size(0) : 0);
   Tensor out = torch::stable::new_empty(s.src, with_rows(s.src, s.num_segments));
-  if (s.num_segments == 0 || s.width == 0) return out;
-  const RowsArgs a{index_data(s.ptr), s.order(), s.num_rows, s.num_segments, s.width, false, s.flag};
-  const cudaStream_t stream = current_stream(s.src);
-  dispatch_floating(s.src.scalar_type(), op, [&](auto zero) {
-    using S = decltype(zero);
-    const Launch segments(a.num_segments, a.width);
-    product_kernel<S><<<segments.grid, segments.block, 0, stream>>>(a, read<S>(s.src), write<S>(out), segments.tiles);
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
-    if (a.num_rows < 2 * kHubChunk) return;
-    const ScalarType wide = s.src.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-    Tensor pieces = torch::stable::new_empty(s.src, {num_slots(a.num_rows) * a.width}, wide);
-    auto* rows = write<typename accumulate<S>::type>(pieces);
-    const Launch slots(num_slots(a.num_rows), a.width);
-    product_pieces_kernel<S><<<slots.grid, slots.block, 0, stream>>>(a, read<S>(s.src), rows, slots.tiles);
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
-    product_hubs_kernel<S><<<segments.grid, segments.block, 0, stream>>>(a, rows, write<S>(out), segments.tiles);
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
-  });
+  reduce_rows<reduce::Product>(op, s.src, s.ptr, s.order(), false, false, out, nullptr);
+  return out;
+}
+
+std::tuple<Tensor, Tensor> segment_extreme_cuda(const Tensor& src, const Tensor& ptr, const std::optional<Tensor>& perm,
+                                                bool largest) {
+  constexpr const char* op = "segment_extreme";
+  const DeviceGuard guard(src.get_device_index());
+  const Segments s(op, src, ptr, perm, std::nullopt, src.dim() ? src.size(0) : 0);
+  const std::vector<int64_t> sizes = with_rows(s.src, s.num_segments);
+  Tensor out = torch::stable::new_empty(s.src, sizes), arg = torch::stable::new_empty(s.ptr, sizes);
+  reduce_rows<reduce::Extreme>(op, s.src, s.ptr, s.order(), false, largest, out, &arg);
+  return {out, arg};
+}
+
+Tensor segment_extreme_value_cuda(const Tensor& src, const Tensor& ptr, const std::optional<Tensor>& perm, bool largest) {
+  constexpr const char* op = "segment_extreme_value";
+  const DeviceGuard guard(src.get_device_index());
+  const Segments s(op, src, ptr, perm, std::nullopt, src.dim() ? src.size(0) : 0);
+  Tensor out = torch::stable::new_empty(s.src, with_rows(s.src, s.num_segments));
+  reduce_rows<reduce::Extreme>(op, s.src, s.ptr, s.order(), false, largest, out, nullptr);
+  return out;
+}
+
+// The rows are sorted by index, stably, and summed in that order.
+Tensor scatter_sum_cuda(const Tensor& src_, const Tensor& index, int64_t size, bool mean) {
+  constexpr const char* op = "scatter_sum";
+  const DeviceGuard guard(src_.get_device_index());
+  STD_TORCH_CHECK(src_.dim() >= 1 && src_.size(0) == index.numel(), op, ": index must have one entry per row of src");
+  STD_TORCH_CHECK(src_.is_cuda() && index.is_cuda(), op, ": src and index must both be on the GPU");
+  const Tensor src = torch::stable::contiguous(src_);
+  const auto [ptr, perm] = csr_from_index_cuda(index, size);
+  Tensor out = torch::stable::new_empty(src, with_rows(src, size));
+  reduce_rows<reduce::Sum>(op, src, ptr, index_data(perm), mean, false, out, nullptr);
   return out;
 }
 
 // -- copies ------------------------------------------------------------------------------------------------------------
+constexpr int kThreads = 256, kRows = 4;  // of a block; rows that a thread copies at once
 
-// To each place of the CSR order, or, with perm, to the row that stands there.
-template <typename S>
-__global__ void gather_kernel(RowsArgs a, const S* __restrict__ src, S* __restrict__ out, int64_t tiles) {
-  GEO_FOR_ITEMS(e, f, a.num_rows, a.width, tiles) {
-    int64_t low = 0, high = a.num_segments;  // the last segment that starts at or before e
-    while (high - low > 1) {
-      const int64_t middle = low + (high - low) / 2;
-      if (a.ptr[middle] <= e)
-        low = middle;
-      else
-        high = middle;
+// Rows of `units` units each, 2^lane_bits threads a row.
+struct Copies {
+  const int64_t *ptr, *perm, *index;
+  int64_t num_rows, num_src, units;
+  int lane_bits;
+  long long* flag;
+};
+
+// The last of the segments [low, high) that starts at or before e.
+__device__ int64_t segment_of(const int64_t* ptr, int64_t low, int64_t high, int64_t e) {
+  while (high - low > 1) {
+    const int64_t middle = low + (high - low) / 2;
+    if (ptr[middle] <= e)
+      low = middle;
+    else
+      high = middle;
+  }
+  return low;
+}
+
+// Row index[e] of src to row e, or, by ptr, each row of src to the places of its segment: to these rows themselves or, with
+// perm, to those that stand there. A block first finds where its rows come from and go to.
+template <bool kByIndex, typename Unit>
+__global__ void __launch_bounds__(kThreads) copy_kernel(Copies a, const Unit* __restrict__ src, Unit* __restrict__ out) {
+  __shared__ int64_t from[kThreads * kRows], to[kByIndex ? 1 : kThreads * kRows];
+  const int step = kThreads >> a.lane_bits, lanes = 1 << a.lane_bits;
+  for (int64_t first = blockIdx.x * int64_t(step * kRows); first < a.num_rows; first += gridDim.x * int64_t(step * kRows)) {
+    const int num = int(min(int64_t(step * kRows), a.num_rows - first));
+    int64_t low = 0, high = 0;
+    if (!kByIndex) {
+      low = segment_of(a.ptr, 0, a.num_src, first);
+      high = segment_of(a.ptr, low, a.num_src, first + num - 1) + 1;
     }
-    const bool inside = a.ptr[low] <= e && e < a.ptr[low + 1];  // false where ptr is bad, which is noted elsewhere
-    const int64_t row = row_at(a, e);
-    if (row >= 0) out[row * a.width + f] = inside ? src[low * a.width + f] : S{};
+    for (int r = threadIdx.x; r < num; r += kThreads) {
+      const int64_t e = first + r;
+      if constexpr (kByIndex) {
+        const int64_t i = a.index[e];
+        const bool inside = i >= 0 && i < a.num_src;
+        if (!inside) note_fault(a.flag, kDstIndex, e);
+        from[r] = inside ? i : -1;
+      } else {
+        const int64_t i = segment_of(a.ptr, low, high, e), row = a.perm ? a.perm[e] : e;
+        const bool inside = row >= 0 && row < a.num_rows;
+        if (!inside) note_fault(a.flag, kEdgePerm, e);
+        from[r] = a.ptr[i] <= e && e < a.ptr[i + 1] ? i : -1;  // a bad ptr is noted elsewhere
+        to[r] = inside ? row : -1;
+      }
+    }
+    __syncthreads();
+    const int r = threadIdx.x >> a.lane_bits;
+    for (int64_t c = threadIdx.x & (lanes - 1); c < a.units; c += lanes) {
+      Unit unit[kRows];
+#pragma unroll
+      for (int u = 0; u < kRows; ++u) {
+        const int64_t i = r + u * step < num ? from[r + u * step] : -1;
+        unit[u] = i < 0 ? Unit{} : src[i * a.units + c];
+      }
+#pragma unroll
+      for (int u = 0; u < kRows; ++u) {
+        if (r + u * step >= num) continue;
+        const int64_t row = kByIndex ? first + r + u * step : to[r + u * step];
+        if (row >= 0) out[row * a.units + c] = unit[u];
+      }
+    }
+    __syncthreads();
   }
 }
 
-template <typename S>
-__global__ void take_kernel(RowsArgs a, const int64_t* __restrict__ index, const S* __restrict__ src,
-                            S* __restrict__ out, int64_t tiles) {
-  GEO_FOR_ITEMS(e, f, a.num_rows, a.width, tiles) {
-    const int64_t i = index[e];
-    const bool inside = i >= 0 && i < a.num_segments;
-    if (!inside) note_fault(a.flag, kDstIndex, e);
-    out[e * a.width + f] = inside ? src[i * a.width + f] : S{};
-  }
+struct alignas(16) Unit16 {
+  uint64_t half[2];
+};
+
+// f(Unit{}) with the widest unit that rows of so many bytes at these addresses consist of.
+template <typename F>
+void dispatch_unit(int64_t bytes, const void* src, const void* out, F&& f) {
+  const uintptr_t all = uintptr_t(bytes) | reinterpret_cast<uintptr_t>(src) | reinterpret_cast<uintptr_t>(out);
+  if (all % 16 == 0) return f(Unit16{});
+  if (all % 8 == 0) return f(uint64_t{});
+  if (all % 4 == 0) return f(uint32_t{});
+  if (all % 2 == 0) return f(uint16_t{});
+  return f(uint8_t{});
+}
+
+void copy_rows(Copies a, const Tensor& src, const Tensor& out) {
+  const int64_t bytes = row_width(src) * int64_t(src.element_size());
+  if (a.num_rows == 0 || bytes == 0) return;
+  const void* source = src.const_data_ptr();
+  void* target = out.mutable_data_ptr();
+  dispatch_unit(bytes, source, target, [&](auto zero) {
+    using Unit = decltype(zero);
+    a.units = bytes / int64_t(sizeof(Unit));
+    a.lane_bits = reduce::bits_for(a.units, reduce::kWarpBits);
+    const int rows = (kThreads >> a.lane_bits) * kRows;
+    const unsigned grid = grid_of((a.num_rows + rows - 1) / rows);
+    const cudaStream_t stream = current_stream(src);
+    const Unit* x = static_cast<const Unit*>(source);
+    Unit* y = static_cast<Unit*>(target);
+    if (a.index)
+      copy_kernel<true><<<grid, kThreads, 0, stream>>>(a, x, y);
+    else
+      copy_kernel<false><<<grid, kThreads, 0, stream>>>(a, x, y);
+  });
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
 Tensor gather_csr_cuda(const Tensor& src, const Tensor& ptr, const std::optional<Tensor>& perm,
@@ -199,121 +243,25 @@ Tensor gather_csr_cuda(const Tensor& src, const Tensor& ptr, const std::optional
   const Segments s(op, src, ptr, perm, index, num_out);
   STD_TORCH_CHECK(s.src.size(0) == s.num_segments, op, ": src must have ", s.num_segments, " rows");
   const std::vector<int64_t> sizes = with_rows(s.src, num_out);
-  if (s.num_segments == 0 || s.width == 0) return torch::stable::new_zeros(s.src, sizes);
+  if (s.num_segments == 0) return torch::stable::new_zeros(s.src, sizes);
   Tensor out = torch::stable::new_empty(s.src, sizes);
-  if (num_out == 0) return out;
-  const RowsArgs a{index_data(s.ptr), s.order(), num_out, s.num_segments, s.width, false, s.flag};
-  dispatch_floating(s.src.scalar_type(), op, [&](auto zero) {
-    using S = decltype(zero);
-    const Launch launch(num_out, s.width);
-    if (s.perm && s.index)
-      take_kernel<S><<<launch.grid, launch.block, 0, current_stream(s.src)>>>(a, index_data(*s.index), read<S>(s.src),
-                                                                              write<S>(out), launch.tiles);
-    else
-      gather_kernel<S><<<launch.grid, launch.block, 0, current_stream(s.src)>>>(a, read<S>(s.src), write<S>(out),
-                                                                                launch.tiles);
-  });
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  Copies a{index_data(s.ptr), s.order(), nullptr, num_out, s.num_segments, 0, 0, s.flag};
+  if (s.perm && s.index) a.index = index_data(*s.index);
+  copy_rows(a, s.src, out);
   return out;
 }
 
-// -- minima and maxima -------------------------------------------------------------------------------------------------
-// Whether v at a later place takes over from best: the first extreme stays, the first NaN stays for good.
-template <typename T>
-__device__ bool takes_over(T v, T best, bool largest) {
-  return best == best && (v != v || (largest ? v > best : v < best));
-}
-
-// The row of the extreme among the places [begin, end); num_rows where there is none.
-template <typename S>
-__device__ int64_t extreme_of(const RowsArgs& a, const S* src, int64_t begin, int64_t end, int64_t f) {
-  int64_t at = a.num_rows;
-  typename accumulate<S>::type best = 0;
-  for (int64_t k = begin; k < end; ++k) {
-    const int64_t row = row_at(a, k);
-    if (row < 0) continue;
-    const auto v = widen(src[row * a.width + f]);
-    if (at == a.num_rows || takes_over(v, best, a.largest)) {
-      best = v;
-      at = row;
-    }
-  }
-  return at;
-}
-template <typename S>
-__device__ void write_extreme(const RowsArgs& a, const S* src, int64_t at, int64_t i, int64_t f, S* out, int64_t* arg) {
-  arg[i * a.width + f] = at;
-  out[i * a.width + f] = at < a.num_rows ? src[at * a.width + f] : S{};
-}
-
-template <typename S>
-__global__ void extreme_kernel(RowsArgs a, const S* __restrict__ src, S* __restrict__ out, int64_t* __restrict__ arg,
-                               int64_t tiles) {
-  GEO_FOR_ITEMS(i, f, a.num_segments, a.width, tiles) {
-    int64_t begin, end;
-    segment_range(a.ptr, i, a.num_rows, begin, end);
-    if (!is_hub(begin, end)) write_extreme(a, src, extreme_of(a, src, begin, end, f), i, f, out, arg);
-  }
-}
-
-template <typename S>
-__global__ void extreme_pieces_kernel(RowsArgs a, const S* __restrict__ src, int64_t* __restrict__ pieces,
-                                      int64_t tiles) {
-  GEO_FOR_ITEMS(slot, f, num_slots(a.num_rows), a.width, tiles) {
-    int64_t begin, end;
-    segment_range(a.ptr, slot_owner(a.ptr, a.num_segments, slot), a.num_rows, begin, end);
-    const int64_t k = slot - first_slot(begin);
-    if (!is_hub(begin, end) || k < 0 || k >= num_pieces(begin, end)) continue;
-    pieces[slot * a.width + f] = extreme_of(a, src, piece_begin(begin, k), piece_end(begin, end, k), f);
-  }
-}
-
-template <typename S>
-__global__ void extreme_hubs_kernel(RowsArgs a, const S* __restrict__ src, const int64_t* __restrict__ pieces,
-                                    S* __restrict__ out, int64_t* __restrict__ arg, int64_t tiles) {
-  GEO_FOR_ITEMS(i, f, a.num_segments, a.width, tiles) {
-    int64_t begin, end;
-    segment_range(a.ptr, i, a.num_rows, begin, end);
-    if (!is_hub(begin, end)) continue;
-    int64_t at = pieces[first_slot(begin) * a.width + f];
-    for (int64_t k = 1; k < num_pieces(begin, end); ++k) {
-      const int64_t place = pieces[(first_slot(begin) + k) * a.width + f];
-      if (place == a.num_rows) continue;
-      if (at == a.num_rows || takes_over(widen(src[place * a.width + f]), widen(src[at * a.width + f]), a.largest))
-        at = place;
-    }
-    write_extreme(a, src, at, i, f, out, arg);
-  }
-}
-
-std::tuple<Tensor, Tensor> segment_extreme_cuda(const Tensor& src_, const Tensor& ptr_,
-                                                const std::optional<Tensor>& perm, bool largest) {
-  constexpr const char* op = "segment_extreme";
+Tensor gather_index_cuda(const Tensor& src_, const Tensor& index_) {
+  constexpr const char* op = "gather_index";
   const DeviceGuard guard(src_.get_device_index());
-  const Segments s(op, src_, ptr_, perm, std::nullopt, src_.dim() ? src_.size(0) : 0);
-  const Tensor &src = s.src, &ptr = s.ptr;
-  const RowsArgs a{index_data(ptr), s.order(), s.num_rows, s.num_segments, s.width, largest, s.flag};
-  const std::vector<int64_t> sizes = with_rows(src, a.num_segments);
-  Tensor out = torch::stable::new_empty(src, sizes), arg = torch::stable::new_empty(ptr, sizes);
-  if (a.num_segments == 0 || a.width == 0) return {out, arg};
-  const cudaStream_t stream = current_stream(src);
-  const bool hubs = a.num_rows >= 2 * kHubChunk;
-  Tensor pieces = torch::stable::new_empty(ptr, {hubs ? num_slots(a.num_rows) * a.width : 0});
-  dispatch_floating(src.scalar_type(), op, [&](auto zero) {
-    using S = decltype(zero);
-    const Launch segments(a.num_segments, a.width);
-    extreme_kernel<S><<<segments.grid, segments.block, 0, stream>>>(a, read<S>(src), write<S>(out), write<int64_t>(arg),
-                                                                    segments.tiles);
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
-    if (!hubs) return;
-    const Launch slots(num_slots(a.num_rows), a.width);
-    extreme_pieces_kernel<S><<<slots.grid, slots.block, 0, stream>>>(a, read<S>(src), write<int64_t>(pieces), slots.tiles);
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
-    extreme_hubs_kernel<S><<<segments.grid, segments.block, 0, stream>>>(
-        a, read<S>(src), index_data(pieces), write<S>(out), write<int64_t>(arg), segments.tiles);
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
-  });
-  return {out, arg};
+  check_index_dtype(index_, op, "index");
+  STD_TORCH_CHECK(src_.is_cuda() && index_.is_cuda(), op, ": src and index must both be on the GPU");
+  STD_TORCH_CHECK(src_.dim() >= 1, op, ": src must have rows");
+  const Tensor src = torch::stable::contiguous(src_), index = torch::stable::contiguous(index_);
+  Tensor out = torch::stable::new_empty(src, with_rows(src, index.numel()));
+  long long* flag = fault_flag(src.get_device_index());
+  copy_rows({nullptr, nullptr, index_data(index), index.numel(), src.size(0), 0, 0, flag}, src, out);
+  return out;
 }
 
 }  // namespace
@@ -322,6 +270,9 @@ std::tuple<Tensor, Tensor> segment_extreme_cuda(const Tensor& src_, const Tensor
 STABLE_TORCH_LIBRARY_IMPL(geo, CUDA, m) {
   m.impl("segment_sum", TORCH_BOX(&geo::segment_sum_cuda));
   m.impl("segment_prod", TORCH_BOX(&geo::segment_prod_cuda));
-  m.impl("gather_csr", TORCH_BOX(&geo::gather_csr_cuda));
   m.impl("segment_extreme", TORCH_BOX(&geo::segment_extreme_cuda));
+  m.impl("segment_extreme_value", TORCH_BOX(&geo::segment_extreme_value_cuda));
+  m.impl("scatter_sum", TORCH_BOX(&geo::scatter_sum_cuda));
+  m.impl("gather_csr", TORCH_BOX(&geo::gather_csr_cuda));
+  m.impl("gather_index", TORCH_BOX(&geo::gather_index_cuda));
 }

@@ -184,15 +184,6 @@ __global__ void segments_kernel(Job<S> job, int columns, int64_t tiles) {
   }
 }
 
-// Which piece of which hub a slot holds; false where none.
-template <typename S>
-__device__ bool piece_of(const Job<S>& job, int64_t slot, int64_t& i, int64_t& k, int64_t& begin, int64_t& end) {
-  i = slot_owner(job.ptr, job.num_segments, slot);
-  segment_range(job.ptr, i, job.num_edges, begin, end);
-  k = slot - first_slot(begin);
-  return is_hub(begin, end) && k >= 0 && k < num_pieces(begin, end);
-}
-
 template <typename Op, typename S>
 __global__ void pieces_kernel(Job<S> job, Part<typename accumulate<S>::type>* parts, int columns, int64_t tiles) {
   using T = typename accumulate<S>::type;
@@ -201,7 +192,7 @@ __global__ void pieces_kernel(Job<S> job, Part<typename accumulate<S>::type>* pa
   for (int64_t item = blockIdx.x; item < num_slots(job.num_edges) * tiles; item += gridDim.x) {
     const int64_t slot = item / tiles, f = item % tiles * columns + lane % columns;
     int64_t i, k, begin, end;
-    if (!piece_of(job, slot, i, k, begin, end)) continue;
+    if (!piece_of(job.ptr, job.num_segments, job.num_edges, slot, i, k, begin, end)) continue;
     Part<T> p{};
     if (f < job.width)
       p = Op::reduce(job, piece_begin(begin, k) + warp * rows + lane / columns, piece_end(begin, end, k), kWarps * rows, f);
@@ -222,7 +213,7 @@ __global__ void hubs_kernel(Job<S> job, const Part<typename accumulate<S>::type>
   for (int64_t item = blockIdx.x; item < num_slots(job.num_edges) * tiles; item += gridDim.x) {
     const int64_t f = item % tiles * columns + lane % columns;
     int64_t i, k, begin, end;
-    if (!piece_of(job, item / tiles, i, k, begin, end) || f >= job.width) continue;
+    if (!piece_of(job.ptr, job.num_segments, job.num_edges, item / tiles, i, k, begin, end) || f >= job.width) continue;
     Part<T> p{};
     if constexpr (Op::kReduces) {
       if (!Op::kRows && k > 0) continue;
