@@ -98,6 +98,20 @@ class Rows(NamedTuple):
         out: Tensor = _call(self.op, torch.ops.geo.scatter_sum, args, (("dst_index", self.segments, size - 1),))
         return out
 
+    def extreme(self, values: Tensor, largest: bool) -> tuple[Tensor, Tensor]:
+        """Largest (smallest) of each segment and its row, [V * N, *S] both; see :func:`segment.extreme`."""
+        if self.order is None and values.is_floating_point():
+            args = (values, self.segments, self.copies * self.size, largest)
+            out: tuple[Tensor, Tensor] = bounds.call(self.op, torch.ops.geo.scatter_extreme, args, ())
+            return out
+        return segment.extreme(values, self.sorted(), largest, self.op)
+
+    def extreme_value(self, values: Tensor, largest: bool) -> Tensor:
+        """The first of both."""
+        if self.order is None:
+            return self.extreme(values, largest)[0]
+        return segment.extreme_value(values, self.order, largest, self.op)
+
     def spread(self, values: Tensor) -> Tensor:
         """Each segment's row of ``values`` [V * N, *S] at all its rows, [V * E, *S]."""
         if self.order is not None:

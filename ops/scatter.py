@@ -64,7 +64,8 @@ def scatter(
         >>> scatter(torch.tensor([[1.0, 2.0, 4.0], [1.0, 1.0, 1.0]]), torch.tensor([2, 0, 2])).tolist()
         [[2.0, 0.0, 5.0], [1.0, 0.0, 2.0]]
     """
-    return reduced("scatter", REDUCES[check_reduce("scatter", reduce, "mul")], src, index, dim, out, dim_size)[0]
+    name = REDUCES[check_reduce("scatter", reduce, "mul")]
+    return reduced("scatter", name, src, index, dim, out, dim_size, positions=False)[0]
 
 
 def scatter_sum(
@@ -316,19 +317,25 @@ def reduced(
     out: Tensor | None,
     dim_size: int | None,
     rounding: Rounding = "floor",
+    positions: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Reduce by index, into ``out`` where it is given: the values, and for min and max their positions (else again)."""
-    return reduce_rows(reduce, rows_by_index(op, src, index, dim, out, dim_size), src, out, rounding)
+    return reduce_rows(reduce, rows_by_index(op, src, index, dim, out, dim_size), src, out, rounding, positions)
 
 
 def reduce_rows(
-    reduce: Reduce, rows: Rows, src: Tensor, out: Tensor | None, rounding: Rounding = "floor"
+    reduce: Reduce,
+    rows: Rows,
+    src: Tensor,
+    out: Tensor | None,
+    rounding: Rounding = "floor",
+    positions: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Reduce ``src`` by ``rows``, into ``out`` where it is given."""
     op = rows.op
     check_out(rows, out, rows.size, src.dtype)
     if reduce in ("min", "max"):
-        return _extreme(rows, src, reduce == "max", out)
+        return _extreme(rows, src, reduce == "max", out, positions or out is not None)
     refuse_bool(op, src)
     values = rows.flat(src)
     if reduce == "mul":
@@ -350,9 +357,12 @@ def reduce_rows(
     return result, result
 
 
-def _extreme(rows: Rows, src: Tensor, largest: bool, out: Tensor | None) -> tuple[Tensor, Tensor]:
+def _extreme(rows: Rows, src: Tensor, largest: bool, out: Tensor | None, positions: bool) -> tuple[Tensor, Tensor]:
     values = rows.flat(src.to(torch.uint8) if src.dtype == torch.bool else src)
-    value, arg = segment.extreme(values, rows.sorted(), largest, rows.op)
+    if not positions:
+        value = rows.back(rows.extreme_value(values, largest).to(src.dtype), rows.size)
+        return value, value
+    value, arg = rows.extreme(values, largest)
     value, arg = rows.back(value.to(src.dtype), rows.size), rows.back(rows.positions(arg), rows.size)
     if out is None:
         return value, arg

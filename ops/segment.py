@@ -6,6 +6,7 @@ Sums go in a fixed order whatever the number of threads.
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -52,7 +53,7 @@ def segment_reduce(src: Tensor, ptr: Tensor | SegmentPlan, reduce: Reduce = "sum
     if reduce == "mean" and not src.is_floating_point():
         raise ValueError(f"segment_reduce: src must be floating for reduce='mean', got {src.dtype}")
     if reduce in ("min", "max"):
-        return extreme(src, order, reduce == "max", "segment_reduce")[0]
+        return extreme_value(src, order, reduce == "max", "segment_reduce")
     if reduce == "mul":
         return product(src, order, "segment_reduce")
     return total(src, order, reduce == "mean", "segment_reduce")
@@ -116,9 +117,29 @@ def extreme(src: Tensor, order: Order, largest: bool, op: str) -> tuple[Tensor, 
     if not src.is_floating_point():
         _check_integers(op, order, src.size(0))
         return _segment_extreme(src, order, largest)
-    args = (src, order.ptr, order.perm, largest)
-    out: tuple[Tensor, Tensor] = bounds.call(op, torch.ops.geo.segment_extreme, args, order.checks(src.size(0)))
+    out: tuple[Tensor, Tensor]
+    if _ranks_in_place(src, order):
+        out = bounds.call(op, torch.ops.geo.scatter_extreme, (src, order.rows, order.num_segments, largest), ())
+    else:
+        args = (src, order.ptr, order.perm, largest)
+        out = bounds.call(op, torch.ops.geo.segment_extreme, args, order.checks(src.size(0)))
     return out
+
+
+def extreme_value(src: Tensor, order: Order, largest: bool, op: str) -> Tensor:
+    """Largest (smallest) of each segment, [N, *F], without its row, unless a gradient needs that."""
+    differentiable = torch.is_grad_enabled() and src.requires_grad
+    if differentiable or not src.is_floating_point() or _ranks_in_place(src, order):
+        return extreme(src, order, largest, op)[0]
+    args = (src, order.ptr, order.perm, largest)
+    out: Tensor = bounds.call(op, torch.ops.geo.segment_extreme_value, args, order.checks(src.size(0)))
+    return out
+
+
+def _ranks_in_place(src: Tensor, order: Order) -> bool:
+    """Whether the CPU kernel by index, which goes through narrow rows in the order they stand, beats that by perm."""
+    unsorted = order.perm is not None and order.rows is not None
+    return unsorted and src.is_cpu and src.dtype != torch.float64 and math.prod(src.shape[1:]) <= 4
 
 
 def product(src: Tensor, order: Order, op: str) -> Tensor:
@@ -274,6 +295,39 @@ def _extreme_fake(src: Tensor, ptr: Tensor, perm: Tensor | None, largest: bool) 
     return out, ptr.new_empty(out.shape)
 
 
+def _scatter_extreme_kernel(src: Tensor, index: Tensor, size: int, largest: bool) -> tuple[Tensor, Tensor]:
+    bounds.check_index("scatter_extreme", "index", index, size)
+    ptr, perm = torch.ops.geo.csr_from_index(index, size)
+    out: tuple[Tensor, Tensor] = torch.ops.geo.segment_extreme(src, ptr, perm, largest)
+    return out
+
+
+def _scatter_extreme_fake(src: Tensor, index: Tensor, size: int, largest: bool) -> tuple[Tensor, Tensor]:
+    torch._check(src.dim() >= 1 and index.dim() == 1)
+    out = src.new_empty(size, *src.shape[1:])
+    return out, index.new_empty(out.shape)
+
+
+def _extreme_value_kernel(src: Tensor, ptr: Tensor, perm: Tensor | None, largest: bool) -> Tensor:
+    out: tuple[Tensor, Tensor] = torch.ops.geo.segment_extreme(src, ptr, perm, largest)
+    return out[0]
+
+
+def _extreme_value_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    src, ptr, perm, ctx.largest = inputs
+    ctx.save_for_backward(src, ptr, perm)
+
+
+def _extreme_value_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    src, ptr, perm = ctx.saved_tensors
+    return (
+        _hand_down(grad, torch.ops.geo.segment_extreme(src, ptr, perm, ctx.largest)[1], src.size(0)),
+        None,
+        None,
+        None,
+    )
+
+
 def _extreme_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.save_for_backward(output[1])
     ctx.mark_non_differentiable(output[1])
@@ -282,9 +336,13 @@ def _extreme_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _extreme_backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
     (arg,) = ctx.saved_tensors
+    return _hand_down(grad, arg, ctx.num_rows), None, None, None
+
+
+def _hand_down(grad: Tensor, arg: Tensor, num_rows: int) -> Tensor:
+    """[N, *F] to the rows ``arg`` of [E, *F]."""
     # one row more takes what empty segments would hand down; segments are disjoint, so no two entries meet elsewhere
-    wide = grad.new_zeros(ctx.num_rows + 1, *grad.shape[1:]).scatter(0, arg, grad)
-    return wide[: ctx.num_rows], None, None, None
+    return grad.new_zeros(num_rows + 1, *grad.shape[1:]).scatter(0, arg, grad)[:num_rows]
 
 
 define(
@@ -307,4 +365,18 @@ define(
     _extreme_fake,
     _extreme_backward,
     _extreme_setup,
+)
+define(
+    "scatter_extreme(Tensor src, Tensor index, SymInt size, bool largest) -> (Tensor, Tensor)",
+    _scatter_extreme_kernel,
+    _scatter_extreme_fake,
+    _extreme_backward,
+    _extreme_setup,
+)
+define(
+    "segment_extreme_value(Tensor src, Tensor ptr, Tensor? perm, bool largest) -> Tensor",
+    _extreme_value_kernel,
+    per_segment,
+    _extreme_value_backward,
+    _extreme_value_setup,
 )

@@ -39,7 +39,7 @@ def segment_csr(src: Tensor, indptr: Tensor | SegmentPlan, out: Tensor | None = 
         >>> segment_csr(torch.tensor([[1, 2, 4], [1, 1, 1]]), torch.tensor([[0, 2, 2, 3]])).tolist()
         [[3, 0, 4], [2, 0, 1]]
     """
-    return _csr("segment_csr", REDUCES[check_reduce("segment_csr", reduce)], src, indptr, out)[0]
+    return _csr("segment_csr", REDUCES[check_reduce("segment_csr", reduce)], src, indptr, out, positions=False)[0]
 
 
 def segment_sum_csr(src: Tensor, indptr: Tensor | SegmentPlan, out: Tensor | None = None) -> Tensor:
@@ -394,12 +394,17 @@ def gather_coo(src: Tensor, index: Tensor | SegmentPlan, out: Tensor | None = No
 
 # -- what they share ---------------------------------------------------------------------------------------------------
 def _csr(
-    op: str, reduce: Reduce, src: Tensor, indptr: Tensor | SegmentPlan, out: Tensor | None
+    op: str,
+    reduce: Reduce,
+    src: Tensor,
+    indptr: Tensor | SegmentPlan,
+    out: Tensor | None,
+    positions: bool = True,
 ) -> tuple[Tensor, Tensor]:
     bounds.refuse_functorch(op, "segment_csr_reference")
     rows = by_ptr(op, src, indptr)
     check_out(rows, out, rows.size, src.dtype)
-    value, arg = reduce_rows(reduce, rows, src, None, "trunc")
+    value, arg = reduce_rows(reduce, rows, src, None, "trunc", positions)
     return (value if out is None else out.copy_(value)), arg
 
 

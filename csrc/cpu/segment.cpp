@@ -93,6 +93,13 @@ void raise(const char* op, const Found& found, const int64_t* perm, int64_t num_
 // The hub that each first slot belongs to, -1 elsewhere: noted by whoever takes a hub's first piece.
 std::vector<int64_t> hub_list(int64_t num_rows) { return std::vector<int64_t>(num_slots(num_rows), -1); }
 
+template <class T>
+T joined(Combine combine, T a, T b) {
+  if (combine == kSum) return a + b;
+  if (combine == kProduct) return a * b;
+  return a == a && (b != b || (combine == kLeast ? b < a : b > a)) ? b : a;
+}
+
 template <class S>
 void reduce_segments(const char* op, const SegmentArgs& a, Combine combine, int64_t num_segments) {
   using T = typename accumulate<S>::type;
@@ -120,31 +127,41 @@ void reduce_segments(const char* op, const SegmentArgs& a, Combine combine, int6
     for (int64_t f = 0; f < width; ++f) {
       T total = rows[f];
       for (int64_t k = 1; k < num_pieces(p[i], p[i + 1]); ++k)
-        total = combine == kSum ? total + rows[k * width + f] : total * rows[k * width + f];
+        total = joined(combine, total, rows[k * width + f]);
       narrow(a.mean ? total / T(p[i + 1] - p[i]) : total, static_cast<S*>(a.out) + i * width + f);
     }
   }
 }
 
-// Unsorted rows this narrow are added where they belong, in the order they stand, not fetched through a permutation.
+// Unsorted rows this narrow are taken where they belong, in the order they stand, not fetched through a permutation.
 bool adds_in_place(int64_t width) { return width > 0 && width <= 32; }
+template <class S>
+bool ranks_in_place(int64_t width, int64_t num_rows) {
+  return sizeof(S) < 8 && width > 0 && width <= 4 && num_rows <= UINT32_MAX;
+}
 
-// The rows are cut into a number of parts that depends on the sizes alone; each part has an output of its own, and the
-// outputs are added in order. Counts come from ptr, or, where that is null and a mean is wanted, are taken alongside.
+// The rows are then cut into parts, each with an output of its own; how many depends on the sizes alone.
+int64_t num_parts(int64_t num_rows, int64_t size) {
+  int64_t parts = 1;
+  while (parts < 16 && parts * (size + 4096) * 16 <= num_rows) parts *= 2;
+  return parts;
+}
+
+// The parts' sums, added in order. Counts come from ptr, or, where that is null and a mean is wanted, are taken alongside.
 template <class S>
 void add_rows(const char* op, const char* index_name, const ScatterArgs& a, const int64_t* ptr, bool mean, S* out) {
   using T = typename accumulate<S>::type;
   constexpr bool kSame = std::is_same<S, T>::value;
   const SegmentTable& leaf = segment_table(S{});
   const int64_t num = a.size * a.width;
-  int64_t parts = 1;
-  while (parts < 16 && parts * (a.size + 4096) * 8 <= a.num_rows) parts *= 2;
+  const int64_t parts = num_parts(a.num_rows, a.size);
   advise_huge_pages(out, num * int64_t(sizeof(S)));
   const int64_t extra = (kSame ? parts - 1 : parts) * num;
   const std::unique_ptr<T[]> buffer(new T[extra]);
   if (extra) advise_huge_pages(buffer.get(), extra * int64_t(sizeof(T)));
   const bool counted = mean && !ptr;
-  const std::unique_ptr<int64_t[]> counts(counted ? new int64_t[parts * a.size] : nullptr);
+  STD_TORCH_CHECK(!counted || a.num_rows <= INT32_MAX * parts, op, ": too many rows");
+  const std::unique_ptr<int32_t[]> counts(counted ? new int32_t[parts * a.size] : nullptr);
   auto part = [&](int64_t k) {
     if constexpr (kSame) return k ? &buffer[(k - 1) * num] : out;
     else return &buffer[k * num];
@@ -153,8 +170,8 @@ void add_rows(const char* op, const char* index_name, const ScatterArgs& a, cons
   parallel_blocks(parts, 1, [&](int64_t, int64_t begin, int64_t end) {
     for (int64_t k = begin; k < end; ++k) {
       std::fill_n(part(k), num, T(0));
-      int64_t* count = counted ? &counts[k * a.size] : nullptr;
-      if (count) std::fill_n(count, a.size, int64_t{0});
+      int32_t* count = counted ? &counts[k * a.size] : nullptr;
+      if (count) std::fill_n(count, a.size, 0);
       const Outcome outcome =
           leaf.add(a, a.num_rows * k / parts, a.num_rows * (k + 1) / parts, part(k), count);
       faults.add(outcome.fault, outcome.position);
@@ -163,20 +180,20 @@ void add_rows(const char* op, const char* index_name, const ScatterArgs& a, cons
   raise(op, faults.first(), nullptr, 0, index_name, a.index, a.size);
   if (kSame && parts == 1 && !mean) return;
   parallel_blocks(a.size, block_of(a.width * parts * int64_t(sizeof(T))), [&](int64_t, int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      int64_t length = 1;
-      if (mean && ptr) length = ptr[i + 1] - ptr[i];
-      if (counted) {
-        length = 0;
-        for (int64_t k = 0; k < parts; ++k) length += counts[k * a.size + i];
-      }
-      const T divisor = T(std::max<int64_t>(1, length));
-      for (int64_t f = i * a.width; f < (i + 1) * a.width; ++f) {
-        T total = part(0)[f];
-        for (int64_t k = 1; k < parts; ++k) total += part(k)[f];
-        narrow(total / divisor, out + f);
-      }
+    for (int64_t k = 1; k < parts; ++k) {
+      T* to = part(0);
+      const T* more = part(k);
+      for (int64_t f = begin * a.width; f < end * a.width; ++f) to[f] += more[f];
     }
+    for (int64_t i = begin; mean && i < end; ++i) {
+      int64_t length = 0;
+      for (int64_t k = 0; counted && k < parts; ++k) length += counts[k * a.size + i];
+      if (!counted) length = ptr[i + 1] - ptr[i];
+      const T divisor = T(std::max<int64_t>(1, length));
+      for (int64_t f = i * a.width; f < (i + 1) * a.width; ++f) part(0)[f] /= divisor;
+    }
+    if constexpr (!kSame)
+      for (int64_t f = begin * a.width; f < end * a.width; ++f) narrow(part(0)[f], out + f);
   });
 }
 
@@ -249,6 +266,42 @@ void extreme_segments(const char* op, const SegmentArgs& a, bool largest, int64_
   }
 }
 
+// The same of unsorted rows, taken where they belong.
+template <class S>
+void rank_rows(const char* op, const ScatterArgs& a, bool largest, S* out, int64_t* arg) {
+  const SegmentTable& leaf = segment_table(S{});
+  const int64_t num = a.size * a.width, parts = num_parts(a.num_rows, a.size);
+  advise_huge_pages(out, num * int64_t(sizeof(S)));
+  advise_huge_pages(arg, num * int64_t(sizeof(int64_t)));
+  const std::unique_ptr<uint64_t[]> best(new uint64_t[parts * num]);
+  advise_huge_pages(best.get(), parts * num * int64_t(sizeof(uint64_t)));
+  Faults faults;
+  parallel_blocks(parts, 1, [&](int64_t, int64_t begin, int64_t end) {
+    for (int64_t k = begin; k < end; ++k) {
+      std::fill_n(&best[k * num], num, uint64_t{0});
+      const Outcome outcome =
+          leaf.rank(a, a.num_rows * k / parts, a.num_rows * (k + 1) / parts, largest, &best[k * num]);
+      faults.add(outcome.fault, outcome.position);
+    }
+  });
+  raise(op, faults.first(), nullptr, 0, "index", a.index, a.size);
+  const S* src = static_cast<const S*>(a.src);
+  parallel_blocks(num, block_of(8 * parts), [&](int64_t, int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      uint64_t top = 0;
+      int64_t row = a.num_rows;
+      for (int64_t k = 0; k < parts; ++k) {
+        const uint64_t key = best[k * num + i];
+        if (key >> 32 <= top >> 32) continue;  // the first on a tie
+        top = key;
+        row = a.num_rows * k / parts + int64_t(uint32_t(~key));
+      }
+      arg[i] = row;
+      out[i] = row < a.num_rows ? src[row * a.width + i % a.width] : S{};
+    }
+  });
+}
+
 std::tuple<Tensor, Tensor> segment_extreme_cpu(const Tensor& src, const Tensor& ptr, const std::optional<Tensor>& perm,
                                                bool largest) {
   constexpr const char* op = "segment_extreme";
@@ -262,6 +315,18 @@ std::tuple<Tensor, Tensor> segment_extreme_cpu(const Tensor& src, const Tensor& 
     extreme_segments<S>(op, a, largest, s.num_segments);
   });
   return {out, arg};
+}
+
+Tensor segment_extreme_value_cpu(const Tensor& src, const Tensor& ptr, const std::optional<Tensor>& perm, bool largest) {
+  constexpr const char* op = "segment_extreme_value";
+  const Segments s(op, src, ptr, perm, std::nullopt, src.dim() ? src.size(0) : 0);
+  Tensor out = torch::stable::new_empty(s.src, with_rows(s.src, s.num_segments));
+  dispatch_floating(s.src.scalar_type(), op, [&](auto zero) {
+    using S = decltype(zero);
+    const SegmentArgs a{read<S>(s.src), write<S>(out), nullptr, index_data(s.ptr), s.order(), s.num_rows, s.width, false};
+    reduce_segments<S>(op, a, largest ? kGreatest : kLeast, s.num_segments);
+  });
+  return out;
 }
 
 // -- copies ------------------------------------------------------------------------------------------------------------
@@ -356,31 +421,66 @@ std::tuple<Tensor, Tensor> csr_from_index_cpu(const Tensor& index_, int64_t size
   return {ptr, perm};
 }
 
-// Sum (or mean) of the rows with each index: sorted rows as segments, narrow ones in place, others sorted first.
+// -- reductions by index: sorted rows as segments, narrow ones where they belong, others sorted first ------------------
+struct Scattered {
+  Tensor src, index, ptr;
+  int64_t num_rows, size, width;
+
+  Scattered(const char* op, const Tensor& src_, const Tensor& index_, int64_t size_) : size(size_) {
+    check_index_dtype(index_, op, "index");
+    STD_TORCH_CHECK(src_.dim() >= 1 && src_.size(0) == index_.numel(), op, ": index must have one entry per row of src");
+    STD_TORCH_CHECK(size >= 0, op, ": dim_size must not be negative, got ", size);
+    src = made_contiguous(src_);
+    index = made_contiguous(index_);
+    ptr = torch::stable::new_empty(index, {size + 1});
+    num_rows = index.numel();
+    width = row_width(src);
+  }
+  const int64_t* rows_ptr() const { return index_data(ptr); }
+  ScatterArgs args(const void* rows) const { return {rows, index_data(index), num_rows, size, width}; }
+  // Whether the index rises; ptr is then filled.
+  bool is_sorted() const { return sorted_ptr(index_data(index), num_rows, size, write<int64_t>(ptr)); }
+  // Fills ptr, and gives the rows in its order.
+  Tensor sort(const char* op) const {
+    Tensor perm = torch::stable::new_empty(index, {num_rows});
+    counting_sort(op, index_data(index), num_rows, size, write<int64_t>(ptr), write<int64_t>(perm));
+    return perm;
+  }
+};
+
 Tensor scatter_sum_cpu(const Tensor& src_, const Tensor& index_, int64_t size, bool mean) {
   constexpr const char* op = "scatter_sum";
-  check_index_dtype(index_, op, "index");
-  STD_TORCH_CHECK(src_.dim() >= 1 && src_.size(0) == index_.numel(), op, ": index must have one entry per row of src");
-  STD_TORCH_CHECK(size >= 0, op, ": dim_size must not be negative, got ", size);
-  const Tensor src = made_contiguous(src_), index = made_contiguous(index_);
-  const int64_t num_rows = index.numel(), width = row_width(src);
-  const int64_t* i = index_data(index);
-  Tensor out = torch::stable::new_empty(src, with_rows(src, size)), ptr = torch::stable::new_empty(index, {size + 1});
-  int64_t* p = write<int64_t>(ptr);
-  dispatch_floating(src.scalar_type(), op, [&](auto zero) {
+  const Scattered s(op, src_, index_, size);
+  Tensor out = torch::stable::new_empty(s.src, with_rows(s.src, size));
+  dispatch_floating(s.src.scalar_type(), op, [&](auto zero) {
     using S = decltype(zero);
-    SegmentArgs a{read<S>(src), write<S>(out), nullptr, p, nullptr, num_rows, width, mean};
-    if (!sorted_ptr(i, num_rows, size, p)) {
-      if (adds_in_place(width))
-        return add_rows(op, "index", {a.src, i, num_rows, size, width}, nullptr, mean, write<S>(out));
-      Tensor perm = torch::stable::new_empty(index, {num_rows});
-      a.perm = write<int64_t>(perm);
-      counting_sort(op, i, num_rows, size, p, write<int64_t>(perm));
-      return reduce_segments<S>(op, a, kSum, size);
-    }
+    SegmentArgs a{read<S>(s.src), write<S>(out), nullptr, s.rows_ptr(), nullptr, s.num_rows, s.width, mean};
+    if (s.is_sorted()) return reduce_segments<S>(op, a, kSum, size);
+    if (adds_in_place(s.width)) return add_rows(op, "index", s.args(a.src), nullptr, mean, write<S>(out));
+    const Tensor perm = s.sort(op);
+    a.perm = index_data(perm);
     reduce_segments<S>(op, a, kSum, size);
   });
   return out;
+}
+
+// Extremes of the rows with each index, and their rows.
+std::tuple<Tensor, Tensor> scatter_extreme_cpu(const Tensor& src_, const Tensor& index_, int64_t size, bool largest) {
+  constexpr const char* op = "scatter_extreme";
+  const Scattered s(op, src_, index_, size);
+  const std::vector<int64_t> sizes = with_rows(s.src, size);
+  Tensor out = torch::stable::new_empty(s.src, sizes), arg = torch::stable::new_empty(s.index, sizes);
+  dispatch_floating(s.src.scalar_type(), op, [&](auto zero) {
+    using S = decltype(zero);
+    SegmentArgs a{read<S>(s.src), write<S>(out), write<int64_t>(arg), s.rows_ptr(), nullptr, s.num_rows, s.width, false};
+    if (s.is_sorted()) return extreme_segments<S>(op, a, largest, size);
+    if (ranks_in_place<S>(s.width, s.num_rows))
+      return rank_rows<S>(op, s.args(a.src), largest, write<S>(out), a.arg);
+    const Tensor perm = s.sort(op);
+    a.perm = index_data(perm);
+    extreme_segments<S>(op, a, largest, size);
+  });
+  return {out, arg};
 }
 
 }  // namespace
@@ -392,5 +492,7 @@ STABLE_TORCH_LIBRARY_IMPL(geo, CPU, m) {
   m.impl("segment_extreme", TORCH_BOX(&geo::segment_extreme_cpu));
   m.impl("gather_csr", TORCH_BOX(&geo::gather_csr_cpu));
   m.impl("csr_from_index", TORCH_BOX(&geo::csr_from_index_cpu));
+  m.impl("segment_extreme_value", TORCH_BOX(&geo::segment_extreme_value_cpu));
   m.impl("scatter_sum", TORCH_BOX(&geo::scatter_sum_cpu));
+  m.impl("scatter_extreme", TORCH_BOX(&geo::scatter_extreme_cpu));
 }

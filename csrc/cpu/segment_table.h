@@ -25,16 +25,19 @@ struct ScatterArgs {
   int64_t num_rows, size, width;
 };
 
-enum Combine { kSum, kProduct, kMinimum, kMaximum };  // places in the tables below
+enum Combine { kSum, kProduct, kLeast, kGreatest, kMinimum, kMaximum };  // places below; the last two tell the row, too
 
 // Leaves check perm and index while they read.
 struct SegmentTable {
-  // segments [first, last) to out, and to arg for the extremes
-  Outcome (*reduce[4])(const SegmentArgs&, int64_t first, int64_t last);
-  // places [begin, end) to one row: in the accumulation type for sum and product, else in that of src, and arg
-  Outcome (*piece[4])(const SegmentArgs&, int64_t begin, int64_t end, void* row, int64_t* arg);
+  // segments [first, last) to out, and to arg
+  Outcome (*reduce[6])(const SegmentArgs&, int64_t first, int64_t last);
+  // places [begin, end) to one row: in the accumulation type, or, with arg, in that of src
+  Outcome (*piece[6])(const SegmentArgs&, int64_t begin, int64_t end, void* row, int64_t* arg);
   // out[index[e]] += src[e] for e in [begin, end), in order; out is in the accumulation type; counts rows, if not null
-  Outcome (*add)(const ScatterArgs&, int64_t begin, int64_t end, void* out, int64_t* count);
+  Outcome (*add)(const ScatterArgs&, int64_t begin, int64_t end, void* out, int32_t* count);
+  // best[index[e]] = max(best[index[e]], rank of src[e] << 32 | ~(e - begin)), for at most 32 bits a value, 2^32 rows
+  // and 4 columns: of equal values the first row wins
+  Outcome (*rank)(const ScatterArgs&, int64_t begin, int64_t end, bool largest, uint64_t* best);
 };
 GEO_DECLARE_TABLE(SegmentTable, segment_float)
 GEO_DECLARE_TABLE(SegmentTable, segment_double)

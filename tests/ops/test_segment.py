@@ -261,6 +261,10 @@ def test_plan_equals_reference_loop(device, reduce, num_edges, shape):
             if reduce in ("min", "max"):
                 found = torch.ops.geo.segment_extreme(src.to(device), ptr, perm, reduce == "max")
                 assert torch.equal(found[1].cpu(), arg)
+                by_index = torch.ops.geo.scatter_extreme(src.to(device), order.to(device), 23, reduce == "max")
+                assert all(torch.equal(a, b) for a, b in zip(by_index, found, strict=True))
+                value = torch.ops.geo.segment_extreme_value(src.to(device), ptr, perm, reduce == "max")
+                assert torch.equal(value, found[0])
             elif reduce == "mul":
                 assert_close(torch.ops.geo.segment_prod(src.to(device), ptr, perm, None), wanted)
             else:
@@ -281,6 +285,63 @@ def test_plan_hub(device, reduce):
         assert_close(segment_reduce(src.to(device), SegmentPlan(index.to(device), 8), reduce), wanted)
         if reduce in ("sum", "mean"):
             assert_close(torch.ops.geo.scatter_sum(src.to(device), index.to(device), 8, reduce == "mean"), wanted)
+        if reduce in ("min", "max"):
+            order = csr_from_index(index.to(device), 8)
+            found = torch.ops.geo.segment_extreme(src.to(device), *order, reduce == "max")
+            by_index = torch.ops.geo.scatter_extreme(src.to(device), index.to(device), 8, reduce == "max")
+            assert all(torch.equal(a, b) for a, b in zip(by_index, found, strict=True))
+            assert torch.equal(torch.ops.geo.segment_extreme_value(src.to(device), *order, reduce == "max"), found[0])
+
+
+@pytest.mark.parametrize("width", [1, 2, 3, 4, 5, 40])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_extremes_of_special_values(device, dtype, width):
+    """Ties, zeros of both signs, infinities and NaN: the first row of several, on every way."""
+    special = torch.tensor([0.0, -0.0, 1.0, -1.0, float("inf"), -float("inf"), float("nan"), 65504.0, 1e-7]).to(dtype)
+    for share in (1, 0.02):  # few NaN, else nearly all segments have one
+        pick = torch.randint(9, (3000, width))
+        pick = torch.where((pick == 6) & (torch.rand(pick.shape) > share), 0, pick)
+        src, index = special[pick].to(device), torch.randint(200, (3000,), device=device)
+        for order in (index, index.sort().values):
+            ptr, perm = csr_from_index(order, 201)
+            for largest in (False, True):
+                value, arg = torch.ops.geo.scatter_extreme(src, order, 201, largest)
+                expected = segment_reduce_reference(src, SegmentPlan(order, 201), "max" if largest else "min")
+                torch.testing.assert_close(value, expected, rtol=0, atol=0, equal_nan=True)
+                ways = [torch.ops.geo.segment_extreme(src, ptr, perm, largest)]
+                if order is not index:
+                    ways.append(torch.ops.geo.segment_extreme(src, ptr, None, largest))
+                for found in ways:
+                    assert torch.equal(found[1], arg)
+                    assert torch.equal(found[0].isnan(), value.isnan())  # with no care for what else a NaN holds
+                    bits = [torch.where(v.isnan(), 1, v).view(torch.uint8) for v in (found[0], value)]
+                    assert torch.equal(*bits)
+                alone = torch.ops.geo.segment_extreme_value(src, ptr, perm, largest)
+                torch.testing.assert_close(alone, value, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("largest", [False, True])
+def test_gradients_of_extremes_by_index(largest):
+    index = torch.tensor([3, 0, 3, 1, 1, 3])
+    src = torch.randn(6, 2, dtype=torch.float64, requires_grad=True)
+    ptr, perm = csr_from_index(index, 5)
+    for call in (
+        lambda s: torch.ops.geo.scatter_extreme(s, index, 5, largest)[0],
+        lambda s: torch.ops.geo.segment_extreme_value(s, ptr, perm, largest),
+    ):
+        torch.autograd.gradcheck(call, src)
+        torch.autograd.gradgradcheck(call, src)
+
+
+def test_forward_mode_is_refused():
+    ptr, src = torch.tensor([0, 2, 3]), torch.randn(3)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(src, torch.ones(3))
+        with pytest.raises(RuntimeError, match="segment_reduce has no forward-mode derivative"):
+            segment_reduce(dual, ptr)
+        assert segment_reduce(src, ptr).shape == (2,)
+        tangent = torch.autograd.forward_ad.unpack_dual(segment_reduce_reference(dual, ptr)).tangent
+        assert tangent.tolist() == [2.0, 1.0]
 
 
 @pytest.mark.parametrize("mean", [False, True])
@@ -353,7 +414,9 @@ def test_plan_opcheck(device, grad):
     for flag in (False, True):
         opcheck(ops.segment_sum.default, (src, plan.ptr, plan.perm, index, flag))
         opcheck(ops.segment_extreme.default, (src, plan.ptr, plan.perm, flag))
+        opcheck(ops.segment_extreme_value.default, (src, plan.ptr, plan.perm, flag))
         opcheck(ops.scatter_sum.default, (src.detach(), index, 4, flag))
+        opcheck(ops.scatter_extreme.default, (src, index, 4, flag))
 
 
 @pytest.mark.parametrize("reduce", REDUCES)
@@ -378,7 +441,12 @@ def test_plan_same_bits_on_any_number_of_threads(reduce):
                 torch.set_num_threads(count)
                 plan = SegmentPlan(index, 6)
                 results.append(
-                    [segment_reduce(src, plan, reduce), torch.ops.geo.scatter_sum(src, index, 6, True), plan.perm]
+                    [
+                        segment_reduce(src, plan, reduce),
+                        torch.ops.geo.scatter_sum(src, index, 6, True),
+                        *torch.ops.geo.scatter_extreme(src, index, 6, True),
+                        plan.perm,
+                    ]
                 )
         finally:
             torch.set_num_threads(threads)
@@ -412,9 +480,11 @@ def test_bad_perm_and_index(width):
         for order in (bad, torch.tensor([0, 0, 0, value])):
             with pytest.raises((IndexError, RuntimeError), match=rf"scatter_sum: index\[3\] = {value} is out of range"):
                 ops.scatter_sum(src[: order.size(0)], order, 2, False)
+            with pytest.raises((IndexError, RuntimeError), match=rf"index\[3\] = {value} is out of range"):
+                ops.scatter_extreme(src[: order.size(0)], order, 2, False)
     plan = SegmentPlan(index, 2)
     plan.perm = torch.tensor([1, 9, 2, 3, 4, 5])
     with pytest.raises(IndexError, match=r"segment_reduce: edge_perm\[1\] = 9 is out of range \[0, 5\]"):
-        segment_reduce(src, plan, "max")
+        segment_reduce(src.double(), plan, "max")  # which narrow rows of 32 bits are not read through
     with pytest.raises(ValueError, match="src has 5 rows, the plan was built for 6"):
         segment_reduce(src[:5], plan)

@@ -100,6 +100,7 @@ GEO_INLINE V select(I where, V v, V w) {
 
 struct Sum {
   static constexpr float identity = 0;
+  static constexpr bool kEmptyIsZero = false;  // it is the identity
   template <class V>
   GEO_INLINE V apply(V a, V b) {
     return a + b;
@@ -107,6 +108,7 @@ struct Sum {
 };
 struct Product {
   static constexpr float identity = 1;
+  static constexpr bool kEmptyIsZero = false;
   template <class V>
   GEO_INLINE V apply(V a, V b) {
     return a * b;
@@ -115,6 +117,7 @@ struct Product {
 // b where it takes over from a, which comes before it: the first extreme stays, the first NaN stays for good.
 struct Minimum {
   static constexpr float identity = __builtin_inff();
+  static constexpr bool kEmptyIsZero = true;
   template <class V>
   GEO_INLINE auto takes_over(V b, V a) {
     return ~(b >= a) & (a == a);
@@ -126,6 +129,7 @@ struct Minimum {
 };
 struct Maximum {
   static constexpr float identity = -__builtin_inff();
+  static constexpr bool kEmptyIsZero = true;
   template <class V>
   GEO_INLINE auto takes_over(V b, V a) {
     return ~(b <= a) & (a == a);
@@ -190,15 +194,46 @@ GEO_INLINE int at_most(int64_t n, int step) {
   return int(step + (over & over >> 63));
 }
 
+// All rows of a segment in one vector, not folded.
 template <class Op, class S>
-GEO_INLINE Vec<S> reduce_packed(const Packing<S>& pack, const S* p, int64_t num) {
-  const int first = at_most(num, pack.step);
+GEO_INLINE Vec<S> stack_packed(int step, const S* p, int64_t num) {
+  const int first = at_most(num, step);
   for (int line = 0; line < 2; ++line) prefetch(reinterpret_cast<const char*>(p) + 1024 + 64 * line);
   Vec<S> v = load_or_neutral<Op>(p, first);
-  v = Op::apply(v, load_or_neutral<Op>(p + first, at_most(num - first, pack.step)));
-  for (int64_t c = 2 * pack.step; c < num; c += pack.step)
-    v = Op::apply(v, load_or_neutral<Op>(p + c, at_most(num - c, pack.step)));
-  return fold<Op>(pack, v);
+  v = Op::apply(v, load_or_neutral<Op>(p + first, at_most(num - first, step)));
+  for (int64_t c = 2 * step; c < num; c += step) v = Op::apply(v, load_or_neutral<Op>(p + c, at_most(num - c, step)));
+  return v;
+}
+template <class Op, class S>
+GEO_INLINE Vec<S> reduce_packed(const Packing<S>& pack, const S* p, int64_t num) {
+  return fold<Op>(pack, stack_packed<Op>(pack.step, p, num));
+}
+
+// Of each run of 2 * half lanes: the lower halves of two vectors, and the upper halves of both.
+template <class S, int half>
+struct Halves {
+  Lane<S> low[lanes_of<S>]{}, high[lanes_of<S>]{};
+  constexpr Halves() {
+    for (int l = 0; l < lanes_of<S>; ++l) {
+      low[l] = l & half ? lanes_of<S> + l - half : l;
+      high[l] = low[l] + half;
+    }
+  }
+};
+// Lane s: the fold of v[s]. The additions are those of fold() with one column, at a third of its shuffles.
+template <class Op, class S, int half = lanes_of<S> / 2>
+GEO_INLINE Vec<S> fold_all(Vec<S>* v) {
+  static constexpr Halves<S, half> halves;
+  Int<S> low, high;
+  memcpy(&low, halves.low, sizeof(low));
+  memcpy(&high, halves.high, sizeof(high));
+  GEO_UNROLL(8) for (int s = 0; s < half; ++s)
+    v[s] = Op::apply(Vec<S>(__builtin_shuffle(v[s], v[s + half], low)),
+                     Vec<S>(__builtin_shuffle(v[s], v[s + half], high)));
+  if constexpr (half > 1)
+    return fold_all<Op, S, half / 2>(v);
+  else
+    return v[0];
 }
 
 // The row (counted from 0) that first attains `value`.
@@ -346,16 +381,44 @@ GEO_INLINE void extreme_wide(const SegmentArgs& a, int64_t begin, int64_t end, S
 }
 
 // -- segments ----------------------------------------------------------------------------------------------------------
+// One column: as many segments at a time as a vector has lanes.
+template <class S, class Op>
+GEO_INLINE void reduce_column(const SegmentArgs& a, int64_t first, int64_t last) {
+  constexpr int L = lanes_of<S>;
+  const S* src = static_cast<const S*>(a.src);
+  S* out = static_cast<S*>(a.out);
+  for (int64_t i = first; i < last; i += L) {
+    const int n = at_most(last - i, L);
+    Vec<S> v[L];
+    GEO_UNROLL(16) for (int s = 0; s < L; ++s) {
+      const int64_t k = i + (s < n ? s : n - 1), begin = a.ptr[k];
+      v[s] = stack_packed<Op>(L, src + begin, a.ptr[k + 1] - begin);
+    }
+    Vec<S> result = fold_all<Op, S>(v);
+    if (a.mean || Op::kEmptyIsZero) {
+      Acc<S> lengths[L] = {};
+      for (int s = 0; s < n; ++s) lengths[s] = Acc<S>(a.ptr[i + s + 1] - a.ptr[i + s]);
+      const Vec<S> length = load(lengths);
+      if (a.mean) result /= select(length > Acc<S>(1), length, Vec<S>{} + Acc<S>(1));
+      if (Op::kEmptyIsZero) result = select(length > Acc<S>(0), result, Vec<S>{});
+    }
+    store_first(out + i, result, n);
+  }
+}
 template <class S, class Op>
 Outcome reduce(const SegmentArgs& a, int64_t first, int64_t last) {
   S* out = static_cast<S*>(a.out);
   if (packs<S>(a)) {
+    if (a.width == 1) {
+      reduce_column<S, Op>(a, first, last);
+      return kFine;
+    }
     const Packing<S> pack = packing<S>(a.width);
     for (int64_t i = first; i < last; ++i) {
       const int64_t begin = a.ptr[i], length = a.ptr[i + 1] - begin;
       Vec<S> v = reduce_packed<Op>(pack, static_cast<const S*>(a.src) + begin * a.width, length * a.width);
       if (a.mean) v /= Acc<S>(length > 1 ? length : 1);
-      store_first(out + i * a.width, v, pack.width);
+      store_first(out + i * a.width, Op::kEmptyIsZero && !length ? Vec<S>{} : v, pack.width);
     }
     return kFine;
   }
@@ -363,7 +426,11 @@ Outcome reduce(const SegmentArgs& a, int64_t first, int64_t last) {
     const int64_t begin = a.ptr[i], end = a.ptr[i + 1];
     const Outcome outcome = check_rows(a, begin, end);
     if (outcome.fault != kNoFault) return outcome;
-    reduce_wide<S, Op>(a, begin, end, out + i * a.width, Acc<S>(a.mean && end - begin > 1 ? end - begin : 1));
+    S* to = out + i * a.width;
+    if (Op::kEmptyIsZero && begin == end)
+      memset(to, 0, size_t(a.width) * sizeof(S));
+    else
+      reduce_wide<S, Op>(a, begin, end, to, Acc<S>(a.mean && end - begin > 1 ? end - begin : 1));
   }
   return kFine;
 }
@@ -387,15 +454,19 @@ GEO_INLINE void extreme_packed(const SegmentArgs& a, const Packing<S>& pack, int
   const S* p = static_cast<const S*>(a.src) + begin * a.width;
   const int64_t num = (end - begin) * a.width;
   const Vec<S> value = reduce_packed<Op>(pack, p, num);
-  store_first(to, value, pack.width);
   if (pack.width == 1) {
-    *arg = begin + find_in_column<Op>(p, num, value[0]);
+    const int64_t row = find_in_column<Op>(p, num, value[0]);
+    *to = p[row];  // not `value`, which may be a later zero of the other sign
+    *arg = begin + row;
     return;
   }
   const Int<S> at = find_packed<Op>(pack, p, num, value);
   Lane<S> row[lanes_of<S>];
   memcpy(row, &at, sizeof(at));
-  for (int f = 0; f < pack.width; ++f) arg[f] = begin + row[f];
+  for (int f = 0; f < pack.width; ++f) {
+    to[f] = p[row[f] * pack.width + f];
+    arg[f] = begin + row[f];
+  }
 }
 template <class S, class Op>
 Outcome extreme(const SegmentArgs& a, int64_t first, int64_t last) {
@@ -431,25 +502,51 @@ Outcome extreme_piece(const SegmentArgs& a, int64_t begin, int64_t end, void* ro
   return outcome;
 }
 
-// -- rows added where they belong --------------------------------------------------------------------------------------
+// -- rows taken where they belong --------------------------------------------------------------------------------------
+constexpr int64_t kGroup = 64;      // rows whose indices are looked at before the first of them is used
 constexpr int64_t kLookAhead = 16;  // rows
+constexpr int64_t kNear = 1 << 20;  // bytes that stay in the cache without being asked for
 
-template <class S, int Width>  // 0: any
-GEO_INLINE Outcome add_rows(const ScatterArgs& a, int64_t begin, int64_t end, Acc<S>* out, int64_t* count) {
+// The first bad index of rows [begin, end), or `end`.
+GEO_INLINE int64_t first_bad(const ScatterArgs& a, int64_t begin, int64_t end) {
+  typedef vec<uint64_t> Vec64;
+  Vec64::type bad{};
+  int64_t e = begin;
+  for (; e + Vec64::lanes <= end; e += Vec64::lanes) {
+    const Vec64::type v = *reinterpret_cast<const Vec64::loose*>(a.index + e);
+    bad |= (Vec64::type)(v >= uint64_t(a.size));
+  }
+  uint64_t any = 0;
+  GEO_UNROLL(8) for (int l = 0; l < Vec64::lanes; ++l) any |= bad[l];
+  for (; e < end; ++e) any |= uint64_t(a.index[e]) >= uint64_t(a.size);
+  if (__builtin_expect(any != 0, 0))
+    for (e = begin; e < end; ++e)
+      if (uint64_t(a.index[e]) >= uint64_t(a.size)) return e;
+  return end;
+}
+// Bring the line of a row of `bytes` bytes to come; prefetching what is not there does no harm.
+GEO_INLINE void prefetch_target(const ScatterArgs& a, const void* to, int64_t e, int64_t bytes) {
+  if (e >= a.num_rows) return;
+  const uintptr_t p = reinterpret_cast<uintptr_t>(to) + uintptr_t(a.index[e]) * uintptr_t(bytes);
+  for (int64_t b = 0; b < bytes; b += 64) prefetch(reinterpret_cast<const void*>(p + uintptr_t(b)));
+}
+
+template <class S, int Width, bool kFar>  // 0: any
+GEO_INLINE Outcome add_rows(const ScatterArgs& args, int64_t begin, int64_t end, Acc<S>* out, int32_t* count) {
+  const ScatterArgs a = args;  // a copy, which stores to out cannot change
   constexpr int L = lanes_of<S>;
   const int64_t width = Width ? Width : a.width;
   const S* p = static_cast<const S*>(a.src) + begin * width;
-  GEO_UNROLL(1) for (int64_t e = begin; e < end; ++e, p += width) {
-    const int64_t s = a.index[e];
-    if (uint64_t(s) >= uint64_t(a.size)) return {kDstIndex, e};
-    Acc<S>* to = out + s * width;
-    if (e + kLookAhead < end && uint64_t(a.index[e + kLookAhead]) < uint64_t(a.size)) {
-      const Acc<S>* next = out + a.index[e + kLookAhead] * width;
-      for (int64_t c = 0; c < width; c += 64 / int64_t(sizeof(Acc<S>))) prefetch(next + c);
-    }
-    if (Width) {
-      GEO_UNROLL(16) for (int c = 0; c < Width; ++c) to[c] += widen(p[c]);
-    } else {
+  for (int64_t first = begin; first < end; first += kGroup) {
+    const int64_t last = first + kGroup < end ? first + kGroup : end;
+    if (const int64_t bad = first_bad(a, first, last); bad < last) return {kDstIndex, bad};
+    GEO_UNROLL(4) for (int64_t e = first; e < last; ++e, p += width) {
+      Acc<S>* to = out + a.index[e] * width;
+      if (kFar) prefetch_target(a, out, e + kLookAhead, width * int64_t(sizeof(Acc<S>)));
+      if (Width) {
+        GEO_UNROLL(16) for (int c = 0; c < Width; ++c) to[c] += widen(p[c]);
+        continue;
+      }
       int64_t c = 0;
       for (; c + L <= width; c += L) store(to + c, load(to + c) + load(p + c));
       if (c < width) {
@@ -457,28 +554,80 @@ GEO_INLINE Outcome add_rows(const ScatterArgs& a, int64_t begin, int64_t end, Ac
         store_first(to + c, load_first(to + c, n) + load_first(p + c, n), n);
       }
     }
-    if (count) ++count[s];
+    if (count)
+      for (int64_t e = first; e < last; ++e) ++count[a.index[e]];
+  }
+  return kFine;
+}
+template <class S, int Width>
+GEO_INLINE Outcome add_near_or_far(const ScatterArgs& a, int64_t begin, int64_t end, Acc<S>* out, int32_t* count) {
+  if (a.size * a.width * int64_t(sizeof(Acc<S>)) <= kNear) return add_rows<S, Width, false>(a, begin, end, out, count);
+  return add_rows<S, Width, true>(a, begin, end, out, count);
+}
+template <class S>
+Outcome add(const ScatterArgs& a, int64_t begin, int64_t end, void* out, int32_t* count) {
+  Acc<S>* to = static_cast<Acc<S>*>(out);
+  switch (a.width) {
+    case 1: return add_near_or_far<S, 1>(a, begin, end, to, count);
+    case 2: return add_near_or_far<S, 2>(a, begin, end, to, count);
+    case 3: return add_near_or_far<S, 3>(a, begin, end, to, count);
+    case 4: return add_near_or_far<S, 4>(a, begin, end, to, count);
+    case 8: return add_near_or_far<S, 8>(a, begin, end, to, count);
+    default: return add_near_or_far<S, 0>(a, begin, end, to, count);
+  }
+}
+
+// Numbers in the order of the values, NaN last of all; none is 0. Zeros of both signs are one value.
+GEO_INLINE vbits32 ranks(vfloat v, bool largest) {
+  const vbits32 u = (vbits32)(v + 0.0f), sign = (vbits32)((vec<int32_t>::type)u >> 31);
+  const vbits32 up = u ^ (sign | 0x80000000u);
+  return (largest ? up : ~up) | (vbits32)(v != v);
+}
+template <class S, int Width>
+GEO_INLINE Outcome rank_rows(const ScatterArgs& args, int64_t begin, int64_t end, bool largest, uint64_t* best) {
+  const ScatterArgs a = args;
+  constexpr int L = lanes_of<S>;
+  const S* p = static_cast<const S*>(a.src) + begin * Width;
+  const bool far = a.size * Width * 8 > kNear;
+  uint32_t rank[kGroup * Width];
+  for (int64_t first = begin; first < end; first += kGroup, p += kGroup * Width) {
+    const int64_t last = first + kGroup < end ? first + kGroup : end, num = (last - first) * Width;
+    if (const int64_t bad = first_bad(a, first, last); bad < last) return {kDstIndex, bad};
+    for (int64_t c = 0; c < num; c += L) {
+      const vbits32 r = ranks(load_first(p + c, at_most(num - c, L)), largest);
+      memcpy(rank + c, &r, sizeof(r));
+    }
+    for (int64_t e = first; e < last; ++e) {
+      uint64_t* to = best + a.index[e] * Width;
+      if (far) prefetch_target(a, best, e + kLookAhead, Width * 8);
+      const uint64_t early = uint32_t(~uint64_t(e - begin));
+      GEO_UNROLL(4) for (int c = 0; c < Width; ++c) {
+        const uint64_t key = uint64_t(rank[(e - first) * Width + c]) << 32 | early;
+        to[c] = to[c] > key ? to[c] : key;
+      }
+    }
   }
   return kFine;
 }
 template <class S>
-Outcome add(const ScatterArgs& a, int64_t begin, int64_t end, void* out, int64_t* count) {
-  Acc<S>* to = static_cast<Acc<S>*>(out);
-  switch (a.width) {
-    case 1: return add_rows<S, 1>(a, begin, end, to, count);
-    case 2: return add_rows<S, 2>(a, begin, end, to, count);
-    case 3: return add_rows<S, 3>(a, begin, end, to, count);
-    case 4: return add_rows<S, 4>(a, begin, end, to, count);
-    case 8: return add_rows<S, 8>(a, begin, end, to, count);
-    default: return add_rows<S, 0>(a, begin, end, to, count);
+Outcome rank(const ScatterArgs& a, int64_t begin, int64_t end, bool largest, uint64_t* best) {
+  if constexpr (sizeof(S) < 8) {
+    switch (a.width) {
+      case 1: return rank_rows<S, 1>(a, begin, end, largest, best);
+      case 2: return rank_rows<S, 2>(a, begin, end, largest, best);
+      case 3: return rank_rows<S, 3>(a, begin, end, largest, best);
+      case 4: return rank_rows<S, 4>(a, begin, end, largest, best);
+    }
   }
+  return kFine;  // not called
 }
 
 #define GEO_TABLE(name, S)                                                                                           \
-  const SegmentTable name = {{reduce<S, Sum>, reduce<S, Product>, extreme<S, Minimum>, extreme<S, Maximum>},         \
-                             {reduce_piece<S, Sum>, reduce_piece<S, Product>, extreme_piece<S, Minimum>,             \
-                              extreme_piece<S, Maximum>},                                                            \
-                             add<S>};
+  const SegmentTable name = {{reduce<S, Sum>, reduce<S, Product>, reduce<S, Minimum>, reduce<S, Maximum>,            \
+                              extreme<S, Minimum>, extreme<S, Maximum>},                                             \
+                             {reduce_piece<S, Sum>, reduce_piece<S, Product>, reduce_piece<S, Minimum>,              \
+                              reduce_piece<S, Maximum>, extreme_piece<S, Minimum>, extreme_piece<S, Maximum>},       \
+                             add<S>, rank<S>};
 
 // -- copies of rows ----------------------------------------------------------------------------------------------------
 template <int N>
@@ -520,7 +669,6 @@ GEO_INLINE void copy_row(char* to, const char* from, int64_t bytes) {
 template <int Bytes, bool Stream>
 Outcome take_rows(const RowsArgs& args, int64_t begin, int64_t end) {
   const RowsArgs a = args;  // a copy, which stores to bytes cannot change
-  constexpr int64_t kGroup = 64;  // looked at before any of their rows is read
   const int64_t bytes = Bytes ? Bytes : a.bytes;
   for (int64_t first = begin; first < end; first += kGroup) {
     const int64_t last = first + kGroup < end ? first + kGroup : end;
