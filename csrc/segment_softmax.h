@@ -50,8 +50,8 @@ struct TimesPowerOfTwo {
   }
 };
 
-// exp(x) for all x, within 1.5 units in the last place. Far below, where masked entries and lanes are, no number gets subnormal on the way to 0:
-// that would cost the processor a hundred cycles.
+// exp(x) for all x, within 1.5 units in the last place. Far below, where masked entries and lanes are, no number gets
+// subnormal on the way to 0: that would cost the processor a hundred cycles.
 template <class T, class V>
 GEO_HD V exp_value(V x) {
   using N = ExpNumbers<T>;

@@ -1,5 +1,5 @@
-// Leaf of softmax and log-sum-exp of narrow unsorted rows: rows are read in their order, a block at a time; what belongs to
-// segments is gathered for the block and added to tables row after row, the rest is done in vectors.
+// Leaf of softmax and log-sum-exp of unsorted rows in their order, a block of entries at a time: what belongs to segments is
+// gathered for the block, or added to tables one entry after the other; the rest is done in vectors.
 #include "../scatter_softmax_table.h"
 
 #include "exponentials.h"

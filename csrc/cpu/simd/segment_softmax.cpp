@@ -13,6 +13,7 @@ namespace GEO_SIMD_NAMESPACE {
 namespace {
 
 constexpr int kTile = kRegisters == 32 ? 4 : 2;  // vectors of a tile of columns
+constexpr int kLookAhead = 16;                   // rows of the input that are fetched ahead of a permutation
 constexpr int kKeptBytes = 1 << 14;              // exponentials of a tile that are kept for the second time they are used
 
 // Lane i of v beside lane i ^ K.
@@ -77,7 +78,15 @@ struct Columns {
   };
   template <class F>
   GEO_METHOD void each(F&& f) const {
-    for (int64_t e = begin; e < end; ++e) f(Place{*this, (job.perm ? job.perm[e] : e) * job.width + c});
+    if (!job.perm) {
+      for (int64_t e = begin; e < end; ++e) f(Place{*this, e * job.width + c});
+      return;
+    }
+    for (int64_t e = begin; e < end; ++e) {
+      const int64_t ahead = e + kLookAhead < job.num_edges ? job.perm[e + kLookAhead] * job.width + c : 0;
+      GEO_UNROLL(4) for (int j = 0; j < kCount; ++j) prefetch(static_cast<const S*>(job.x) + ahead + j * kLanes);
+      f(Place{*this, job.perm[e] * job.width + c});
+    }
   }
   template <class F>
   GEO_METHOD V fold(V v, F&&) const {
