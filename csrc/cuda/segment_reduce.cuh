@@ -12,8 +12,9 @@ namespace geo {
 namespace reduce {
 
 constexpr int kWarpBits = 5, kWarp = 1 << kWarpBits, kWarps = 8;  // threads of a warp, warps of a block
-constexpr int kAhead = 4;              // rows that a lane reads at once
-constexpr int kBytes = 16;             // the widest load
+template <int V>
+constexpr int kAhead = V == 1 ? 8 : 4;  // rows that a lane reads at once
+constexpr int kBytes = 16;              // the widest load
 
 // V elements that are loaded and stored together.
 template <typename S, int V>
@@ -189,15 +190,15 @@ struct Extreme {
 // The rows of x, and of w, at kAhead places that are `step` apart, where there are so many and their entries are good.
 template <typename Op, int V, bool kPacked, typename S>
 struct Rows {
-  Pack<S, V> x[kAhead];
-  Pack<S, V> w[Op::kWeighted ? kAhead : 1];
-  bool good[kAhead];
+  Pack<S, V> x[kAhead<V>];
+  Pack<S, V> w[Op::kWeighted ? kAhead<V> : 1];
+  bool good[kAhead<V>];
 
   template <bool kAll>
   __device__ __forceinline__ void read_sorted(const Job<S>& job, const S* row, int64_t stride, int left, int step, int64_t f,
                                               int lanes) {
 #pragma unroll
-    for (int u = 0; u < kAhead; ++u, row += stride) {
+    for (int u = 0; u < kAhead<V>; ++u, row += stride) {
       good[u] = kAll || u * step < left;
       if (good[u]) load_columns<V, kPacked>(row, f, lanes, job.width, x[u]);
     }
@@ -205,30 +206,30 @@ struct Rows {
 
   __device__ __forceinline__ void read(const Job<S>& job, int64_t place, int left, int step, int64_t f, int lanes,
                                        const int (&weight)[V]) {
-    int64_t edge[kAhead], row[kAhead];
+    int64_t edge[kAhead<V>], row[kAhead<V>];
 #pragma unroll
-    for (int u = 0; u < kAhead; ++u) {
+    for (int u = 0; u < kAhead<V>; ++u) {
       good[u] = u * step < left;
       edge[u] = good[u] && job.perm ? job.perm[place + u * step] : place + u * step;
     }
 #pragma unroll
-    for (int u = 0; u < kAhead; ++u)
+    for (int u = 0; u < kAhead<V>; ++u)
       if (good[u] && uint64_t(edge[u]) >= uint64_t(job.num_edges)) {
         note_fault(job.flag, kEdgePerm, place + u * step);
         good[u] = false;
       }
 #pragma unroll
-    for (int u = 0; u < kAhead; ++u) row[u] = Op::kWeighted && good[u] ? job.source[edge[u]] : edge[u];
+    for (int u = 0; u < kAhead<V>; ++u) row[u] = Op::kWeighted && good[u] ? job.source[edge[u]] : edge[u];
     if constexpr (Op::kWeighted) {
 #pragma unroll
-      for (int u = 0; u < kAhead; ++u)
+      for (int u = 0; u < kAhead<V>; ++u)
         if (good[u] && uint64_t(row[u]) >= uint64_t(job.num_rows)) {
           note_fault(job.flag, kSrcIndex, edge[u]);
           good[u] = false;
         }
     }
 #pragma unroll
-    for (int u = 0; u < kAhead; ++u) {
+    for (int u = 0; u < kAhead<V>; ++u) {
       if (!good[u]) continue;
       load_columns<V, kPacked>(job.x + row[u] * job.width + f, f, lanes, job.width, x[u]);
       if constexpr (Op::kWeighted) {
@@ -242,7 +243,7 @@ struct Rows {
   // Adds them; the first is number `at`. Rows and columns that were not read are 0, and such columns are not written.
   __device__ __forceinline__ void add_to(const Job<S>& job, typename Op::Cell (&cell)[V], int at, int step) const {
 #pragma unroll
-    for (int u = 0; u < kAhead; ++u) {
+    for (int u = 0; u < kAhead<V>; ++u) {
       if (!Op::kZeroIsNeutral && !good[u]) continue;
 #pragma unroll
       for (int j = 0; j < V; ++j) {
@@ -260,7 +261,7 @@ __device__ __forceinline__ void read_rows(const Job<S>& job, int64_t begin, int 
                                           int lanes, const int (&weight)[V], typename Op::Cell (&cell)[V]) {
   if (Op::kWeighted || job.perm) {
 #pragma unroll 1
-    for (int at = first; at < length; at += kAhead * step) {
+    for (int at = first; at < length; at += kAhead<V> * step) {
       Rows<Op, V, kPacked, S> rows{};
       rows.read(job, begin + at, length - at, step, f, lanes, weight);
       rows.add_to(job, cell, at, step);
@@ -270,7 +271,7 @@ __device__ __forceinline__ void read_rows(const Job<S>& job, int64_t begin, int 
     const int64_t stride = step * job.width;
     int at = first;
 #pragma unroll 1
-    for (; at + (kAhead - 1) * step < length; at += kAhead * step, row += kAhead * stride) {
+    for (; at + (kAhead<V> - 1) * step < length; at += kAhead<V> * step, row += kAhead<V> * stride) {
       Rows<Op, V, kPacked, S> rows{};
       rows.template read_sorted<true>(job, row, stride, length - at, step, f, lanes);
       rows.add_to(job, cell, at, step);
@@ -323,12 +324,16 @@ __device__ void weight_offsets(const FeatureLayout& layout, int64_t f, int lanes
   }
 }
 
+// Blocks of a multiprocessor: as many as leave room for the registers.
+template <typename Op, int V>
+constexpr int min_blocks = V == 8 ? 2 : V > 1 || Op::kWeighted ? 3 : 4;
+
 // -- kernels -----------------------------------------------------------------------------------------------------------
 // Items are the pieces of hubs, first since they take longest, and then groups of segments; of either, a tile of columns.
 // Of a group each team takes its short segment, then each warp together those of medium length, then the block the long
 // ones.
 template <typename Op, int V, bool kPacked, typename S>
-__global__ void __launch_bounds__(kWarp* kWarps, V < 8 ? 3 : 2)
+__global__ void __launch_bounds__(kWarp* kWarps, (min_blocks<Op, V>))
     segments_kernel(const __grid_constant__ Job<S> job, const __grid_constant__ Shape shape, typename Op::Piece* pieces) {
   __shared__ typename Op::Cell of_warp[kWarps][kWarp][V];
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, lanes = 1 << shape.lane_bits;
@@ -445,7 +450,7 @@ void launch_shaped(const Job<S>& job, const Tensor& like) {
   const cudaStream_t stream = current_stream(like);
   Shape shape{};
   shape.lane_bits = bits_for((job.width + V - 1) / V, kWarpBits);
-  shape.team_bits = std::clamp(shape.lane_bits + 1, 3, kWarpBits);
+  shape.team_bits = std::clamp(shape.lane_bits + 1, 2, kWarpBits);
   shape.medium = 16 << (shape.team_bits - shape.lane_bits);
   shape.long_ = 32 << (kWarpBits - shape.lane_bits);
   const int64_t columns = V << shape.lane_bits;

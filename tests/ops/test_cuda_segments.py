@@ -27,7 +27,7 @@ pytestmark = pytest.mark.cuda
 REDUCES = ["sum", "mean", "mul", "min", "max"]
 FLOATS = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 WIDTHS = [1, 2, 3, 4, 5, 8, 16, 33, 64, 128, 257]
-# around each length from which on more threads share a segment: 16 to 128 rows, 32 to 1024, two chunks
+# around each length from which on more threads share a segment: 16 to 64 rows, 32 to 1024, two chunks
 LENGTHS = [0, 1, 2, 5, 15, 16, 17, 31, 32, 33, 0, 63, 64, 127, 128, 129, 300, 511, 512, 1023, 1024, 1025, 3000, 8191]
 HUBS = [8192, 3, 0, 12289, 20000, 1]
 nan = float("nan")
