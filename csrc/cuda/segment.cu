@@ -199,15 +199,11 @@ __global__ void __launch_bounds__(kThreads) copy_kernel(Copies a, const Unit* __
   }
 }
 
-struct alignas(16) Unit16 {
-  uint64_t half[2];
-};
-
 // f(Unit{}) with the widest unit that rows of so many bytes at these addresses consist of.
 template <typename F>
 void dispatch_unit(int64_t bytes, const void* src, const void* out, F&& f) {
   const uintptr_t all = uintptr_t(bytes) | reinterpret_cast<uintptr_t>(src) | reinterpret_cast<uintptr_t>(out);
-  if (all % 16 == 0) return f(Unit16{});
+  if (all % 16 == 0) return f(uint4{});
   if (all % 8 == 0) return f(uint64_t{});
   if (all % 4 == 0) return f(uint32_t{});
   if (all % 2 == 0) return f(uint16_t{});
