@@ -55,6 +55,7 @@ Tensor fiber_outer_cpu(const Tensor& a_, const Tensor& b_) {
   job.C = a.size(2);
   const int64_t nodes = a.size(0), size = job.P * job.O * job.C, chunks = fiber_chunks(nodes);
   Tensor out = torch::stable::new_empty(a, {job.P, job.O, job.C});
+  if (size == 0) return out;
   dispatch_floating(a.scalar_type(), op, [&](auto zero) {
     using S = decltype(zero);
     using T = typename accumulate<S>::type;

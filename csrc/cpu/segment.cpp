@@ -330,36 +330,52 @@ Tensor segment_extreme_value_cpu(const Tensor& src, const Tensor& ptr, const std
 }
 
 // -- copies ------------------------------------------------------------------------------------------------------------
+// Rows by index where there is one and no ptr or a perm besides, else by ptr.
+void copy_rows(const char* op, const char* index_name, RowsArgs& a, const Tensor& src, Tensor& out, int64_t width) {
+  a.from = static_cast<const char*>(src.const_data_ptr());
+  a.to = static_cast<char*>(out.mutable_data_ptr());
+  a.bytes = width * int64_t(src.element_size());
+  if (a.bytes == 0) return;
+  const bool by_index = a.index && (a.perm || !a.ptr);
+  a.stream = (by_index || !a.perm) && a.num_rows * a.bytes >= int64_t(1) << 25 && a.bytes % 64 == 0 &&
+             reinterpret_cast<uintptr_t>(a.to) % 64 == 0;
+  advise_huge_pages(a.to, a.num_rows * a.bytes);
+  const RowsTable& leaf = choose_table(GEO_TABLES(segment_rows));
+  Faults faults;
+  parallel_blocks(a.num_rows, block_of(a.bytes), [&](int64_t, int64_t begin, int64_t end) {
+    const Outcome outcome = by_index ? leaf.take(a, begin, end) : leaf.spread(a, begin, end);
+    faults.add(outcome.fault, outcome.position);
+  });
+  raise(op, faults.first(), a.perm, a.num_rows, index_name, a.index, a.num_segments);
+}
+
 Tensor gather_csr_cpu(const Tensor& src, const Tensor& ptr, const std::optional<Tensor>& perm,
                       const std::optional<Tensor>& index, int64_t num_out) {
   constexpr const char* op = "gather_csr";
   const Segments s(op, src, ptr, perm, index, num_out);
   STD_TORCH_CHECK(s.src.size(0) == s.num_segments, op, ": src must have ", s.num_segments, " rows");
   Tensor out = torch::stable::new_empty(s.src, with_rows(s.src, num_out));
-  dispatch_floating(s.src.scalar_type(), op, [&](auto zero) {
-    using S = decltype(zero);
-    RowsArgs a{};
-    a.from = reinterpret_cast<const char*>(read<S>(s.src));
-    a.to = reinterpret_cast<char*>(write<S>(out));
-    a.ptr = index_data(s.ptr);
-    a.perm = s.order();
-    a.index = s.index ? index_data(*s.index) : nullptr;
-    a.num_segments = s.num_segments;
-    a.num_rows = num_out;
-    a.bytes = s.width * int64_t(sizeof(S));
-    if (a.bytes == 0) return;
-    const bool by_index = a.perm && a.index;
-    a.stream = (by_index || !a.perm) && num_out * a.bytes >= int64_t(1) << 25 && a.bytes % 64 == 0 &&
-               reinterpret_cast<uintptr_t>(a.to) % 64 == 0;
-    advise_huge_pages(a.to, num_out * a.bytes);
-    const RowsTable& leaf = choose_table(GEO_TABLES(segment_rows));
-    Faults faults;
-    parallel_blocks(num_out, block_of(a.bytes), [&](int64_t, int64_t begin, int64_t end) {
-      const Outcome outcome = by_index ? leaf.take(a, begin, end) : leaf.spread(a, begin, end);
-      faults.add(outcome.fault, outcome.position);
-    });
-    raise(op, faults.first(), a.perm, num_out, "dst_index", a.index, s.num_segments);
-  });
+  RowsArgs a{};
+  a.ptr = index_data(s.ptr);
+  a.perm = s.order();
+  a.index = s.index ? index_data(*s.index) : nullptr;
+  a.num_segments = s.num_segments;
+  a.num_rows = num_out;
+  copy_rows(op, "dst_index", a, s.src, out, s.width);
+  return out;
+}
+
+Tensor gather_index_cpu(const Tensor& src_, const Tensor& index_) {
+  constexpr const char* op = "gather_index";
+  check_index_dtype(index_, op, "index");
+  STD_TORCH_CHECK(src_.dim() >= 1, op, ": src must have one row per segment");
+  const Tensor src = made_contiguous(src_), index = made_contiguous(index_);
+  Tensor out = torch::stable::new_empty(src, with_rows(src, index.numel()));
+  RowsArgs a{};
+  a.index = index_data(index);
+  a.num_segments = src.size(0);
+  a.num_rows = index.numel();
+  copy_rows(op, "index", a, src, out, row_width(src));
   return out;
 }
 
@@ -491,6 +507,7 @@ STABLE_TORCH_LIBRARY_IMPL(geo, CPU, m) {
   m.impl("segment_prod", TORCH_BOX(&geo::segment_prod_cpu));
   m.impl("segment_extreme", TORCH_BOX(&geo::segment_extreme_cpu));
   m.impl("gather_csr", TORCH_BOX(&geo::gather_csr_cpu));
+  m.impl("gather_index", TORCH_BOX(&geo::gather_index_cpu));
   m.impl("csr_from_index", TORCH_BOX(&geo::csr_from_index_cpu));
   m.impl("segment_extreme_value", TORCH_BOX(&geo::segment_extreme_value_cpu));
   m.impl("scatter_sum", TORCH_BOX(&geo::scatter_sum_cpu));

@@ -344,6 +344,15 @@ def test_forward_mode_is_refused():
         assert tangent.tolist() == [2.0, 1.0]
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int8, torch.int16, torch.int64, torch.bfloat16, torch.complex64])
+def test_rows_of_any_type_by_index(device, dtype):
+    for shape in ((), (1,), (2,), (3,), (5,), (7,), (9,), (4, 4), (33,), (0,)):
+        src = torch.randint(0, 2, (5, *shape), device=device).to(dtype)
+        for index in (torch.randint(5, (300,), device=device), torch.empty(0, dtype=torch.int64, device=device)):
+            assert torch.equal(torch.ops.geo.gather_index(src, index), src[index])
+    torch.library.opcheck(torch.ops.geo.gather_index.default, (src, index))
+
+
 @pytest.mark.parametrize("mean", [False, True])
 def test_plan_of_far_more_segments_than_rows(device, mean):
     index, src = torch.randint(70000, (500,)), torch.randn(500, 130)

@@ -148,6 +148,27 @@ GEO_INLINE Vec<S> load_or_neutral(const S* p, int n) {
   return select(lane_numbers<S>() < Lane<S>(n), v, Vec<S>{} + Acc<S>(Op::identity));
 }
 
+// -- indices that are looked at before they are used -------------------------------------------------------------------
+constexpr int64_t kGroup = 64;  // rows at a time
+
+// The first of index[begin, end) that is not in [0, size), or `end`.
+GEO_INLINE int64_t first_bad(const int64_t* index, int64_t begin, int64_t end, int64_t size) {
+  typedef vec<uint64_t> Vec64;
+  Vec64::type bad{};
+  int64_t e = begin;
+  for (; e + Vec64::lanes <= end; e += Vec64::lanes) {
+    const Vec64::type v = *reinterpret_cast<const Vec64::loose*>(index + e);
+    bad |= (Vec64::type)(v >= uint64_t(size));
+  }
+  uint64_t any = 0;
+  GEO_UNROLL(8) for (int l = 0; l < Vec64::lanes; ++l) any |= bad[l];
+  for (; e < end; ++e) any |= uint64_t(index[e]) >= uint64_t(size);
+  if (__builtin_expect(any != 0, 0))
+    for (e = begin; e < end; ++e)
+      if (uint64_t(index[e]) >= uint64_t(size)) return e;
+  return end;
+}
+
 // -- packed rows -------------------------------------------------------------------------------------------------------
 template <class S>
 GEO_INLINE bool packs(const SegmentArgs& a) {
@@ -291,12 +312,8 @@ GEO_INLINE const S* row_at(const SegmentArgs& a, int64_t place, int64_t f) {
 }
 
 Outcome check_rows(const SegmentArgs& a, int64_t begin, int64_t end) {
-  if (!a.perm) return kFine;
-  bool bad = false;
-  for (int64_t k = begin; k < end; ++k) bad |= uint64_t(a.perm[k]) >= uint64_t(a.num_rows);
-  for (int64_t k = begin; bad && k < end; ++k)
-    if (uint64_t(a.perm[k]) >= uint64_t(a.num_rows)) return {kEdgePerm, k};
-  return kFine;
+  const int64_t bad = a.perm ? first_bad(a.perm, begin, end, a.num_rows) : end;
+  return bad < end ? Outcome{kEdgePerm, bad} : kFine;
 }
 
 // Columns f ... f + N vectors, of which the last has n lanes, to `to` divided by `divisor`.
@@ -503,27 +520,9 @@ Outcome extreme_piece(const SegmentArgs& a, int64_t begin, int64_t end, void* ro
 }
 
 // -- rows taken where they belong --------------------------------------------------------------------------------------
-constexpr int64_t kGroup = 64;      // rows whose indices are looked at before the first of them is used
 constexpr int64_t kLookAhead = 16;  // rows
 constexpr int64_t kNear = 1 << 20;  // bytes that stay in the cache without being asked for
 
-// The first bad index of rows [begin, end), or `end`.
-GEO_INLINE int64_t first_bad(const ScatterArgs& a, int64_t begin, int64_t end) {
-  typedef vec<uint64_t> Vec64;
-  Vec64::type bad{};
-  int64_t e = begin;
-  for (; e + Vec64::lanes <= end; e += Vec64::lanes) {
-    const Vec64::type v = *reinterpret_cast<const Vec64::loose*>(a.index + e);
-    bad |= (Vec64::type)(v >= uint64_t(a.size));
-  }
-  uint64_t any = 0;
-  GEO_UNROLL(8) for (int l = 0; l < Vec64::lanes; ++l) any |= bad[l];
-  for (; e < end; ++e) any |= uint64_t(a.index[e]) >= uint64_t(a.size);
-  if (__builtin_expect(any != 0, 0))
-    for (e = begin; e < end; ++e)
-      if (uint64_t(a.index[e]) >= uint64_t(a.size)) return e;
-  return end;
-}
 // Bring the line of a row of `bytes` bytes to come; prefetching what is not there does no harm.
 GEO_INLINE void prefetch_target(const ScatterArgs& a, const void* to, int64_t e, int64_t bytes) {
   if (e >= a.num_rows) return;
@@ -539,7 +538,7 @@ GEO_INLINE Outcome add_rows(const ScatterArgs& args, int64_t begin, int64_t end,
   const S* p = static_cast<const S*>(a.src) + begin * width;
   for (int64_t first = begin; first < end; first += kGroup) {
     const int64_t last = first + kGroup < end ? first + kGroup : end;
-    if (const int64_t bad = first_bad(a, first, last); bad < last) return {kDstIndex, bad};
+    if (const int64_t bad = first_bad(a.index, first, last, a.size); bad < last) return {kDstIndex, bad};
     GEO_UNROLL(4) for (int64_t e = first; e < last; ++e, p += width) {
       Acc<S>* to = out + a.index[e] * width;
       if (kFar) prefetch_target(a, out, e + kLookAhead, width * int64_t(sizeof(Acc<S>)));
@@ -592,7 +591,7 @@ GEO_INLINE Outcome rank_rows(const ScatterArgs& args, int64_t begin, int64_t end
   uint32_t rank[kGroup * Width];
   for (int64_t first = begin; first < end; first += kGroup, p += kGroup * Width) {
     const int64_t last = first + kGroup < end ? first + kGroup : end, num = (last - first) * Width;
-    if (const int64_t bad = first_bad(a, first, last); bad < last) return {kDstIndex, bad};
+    if (const int64_t bad = first_bad(a.index, first, last, a.size); bad < last) return {kDstIndex, bad};
     for (int64_t c = 0; c < num; c += L) {
       const vbits32 r = ranks(load_first(p + c, at_most(num - c, L)), largest);
       memcpy(rank + c, &r, sizeof(r));
@@ -661,8 +660,10 @@ GEO_INLINE void copy_row(char* to, const char* from, int64_t bytes) {
     copy_ends<8>(to, from, bytes);
   } else if (bytes >= 4) {
     copy_ends<4>(to, from, bytes);
+  } else if (bytes >= 2) {
+    copy_ends<2>(to, from, bytes);
   } else {
-    copy_block<2>(to, from);
+    copy_block<1>(to, from);
   }
 }
 
@@ -672,10 +673,7 @@ Outcome take_rows(const RowsArgs& args, int64_t begin, int64_t end) {
   const int64_t bytes = Bytes ? Bytes : a.bytes;
   for (int64_t first = begin; first < end; first += kGroup) {
     const int64_t last = first + kGroup < end ? first + kGroup : end;
-    bool bad = false;
-    for (int64_t e = first; e < last; ++e) bad |= uint64_t(a.index[e]) >= uint64_t(a.num_segments);
-    for (int64_t e = first; bad && e < last; ++e)
-      if (uint64_t(a.index[e]) >= uint64_t(a.num_segments)) return {kDstIndex, e};
+    if (const int64_t bad = first_bad(a.index, first, last, a.num_segments); bad < last) return {kDstIndex, bad};
     for (int64_t e = first; e < last; ++e) copy_row<Bytes, Stream>(a.to + e * bytes, a.from + a.index[e] * bytes, bytes);
   }
   if (Stream) stream_fence();
@@ -720,6 +718,7 @@ Outcome spread_rows(const RowsArgs& args, int64_t begin, int64_t end) {
 Outcome take(const RowsArgs& a, int64_t begin, int64_t end) {
   if (a.stream) return take_rows<0, true>(a, begin, end);
   switch (a.bytes) {
+    case 1: return take_rows<1, false>(a, begin, end);
     case 2: return take_rows<2, false>(a, begin, end);
     case 4: return take_rows<4, false>(a, begin, end);
     case 8: return take_rows<8, false>(a, begin, end);
