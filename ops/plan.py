@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
 from torch import Tensor
 
@@ -55,11 +57,10 @@ def csr_from_index(index: Tensor, size: int, name: str = "index") -> tuple[Tenso
     if index.dim() != 1 or index.dtype != torch.int64:
         raise ValueError(f"{name} must be int64 [E], got {index.dtype} {list(index.shape)}")
     try:
-        ptr, perm = bounds.call(
-            "csr_from_index", torch.ops.geo.csr_from_index, (index, size), ((name, index, size - 1),)
-        )
-    except IndexError as err:
-        raise IndexError(str(err).replace(" index[", f" {name}[")) from None
+        checks = (("dst_index", index, size - 1),)
+        ptr, perm = bounds.call("csr_from_index", torch.ops.geo.csr_from_index, (index, size), checks)
+    except IndexError as err:  # the CPU kernel says index, the CUDA kernel dst_index
+        raise IndexError(re.sub(r" (dst_)?index\[", f" {name}[", str(err))) from None
     return ptr, perm
 
 

@@ -77,7 +77,7 @@ class Rows(NamedTuple):
             return self.order
         assert self.segments is not None
         args = (self.segments, self.copies * self.size)
-        ptr, perm = bounds.call(self.op, torch.ops.geo.csr_from_index, args, ())
+        ptr, perm = _call(self.op, torch.ops.geo.csr_from_index, args, (("dst_index", self.segments, args[1] - 1),))
         return Order(ptr, None if _in_order(self.segments, perm) else perm, self.segments)
 
     def counts(self) -> Tensor:
@@ -116,7 +116,8 @@ class Rows(NamedTuple):
         """Each segment's row of ``values`` [V * N, *S] at all its rows, [V * E, *S]."""
         if self.order is not None:
             return segment.spread(values, self.order, self.copies * self.num_rows, self.op)
-        out: Tensor = _call(self.op, torch.ops.geo.gather_index, (values, self.segments), ())
+        checks = (("dst_index", self.segments, values.size(0) - 1),)
+        out: Tensor = _call(self.op, torch.ops.geo.gather_index, (values, self.segments), checks)
         return out
 
 
