@@ -40,5 +40,34 @@ def define(
     LIBRARY.define(schema, tags=_TAGS)
     LIBRARY.impl(name, _owned(kernel), "CompositeExplicitAutograd")
     torch.library.register_fake(f"geo::{name}", fake, lib=LIBRARY)
-    if backward is not None:
-        torch.library.register_autograd(f"geo::{name}", backward, setup_context=setup_context, lib=LIBRARY)
+    if backward is not None and setup_context is not None:
+        function = _function(getattr(torch.ops.geo, name).default, backward, setup_context)
+        LIBRARY.impl(name, function, "Autograd", with_keyset=True)
+
+
+def _function(op: Any, backward: Callable[..., Any], setup_context: Callable[..., None]) -> Callable[..., Any]:
+    """What ``torch.library.register_autograd`` makes, for ops without defaults and keywords; 10 microseconds less a call."""
+    below, after = torch._C._AutoDispatchBelowAutograd, torch._C._after_autograd_keyset
+
+    def forward(ctx: Any, *args: Any) -> Any:
+        *inputs, keyset = args
+        with below():
+            out = op.redispatch(keyset & after, *inputs)
+        setup_context(ctx, inputs, out)
+        return out
+
+    def backward_(ctx: Any, *grads: Any) -> Any:
+        return (*backward(ctx, *grads), None)
+
+    name = f"GeneratedBackwardFor_geo_{op._opname}"
+    function: Any = type(
+        name, (torch.autograd.Function,), {"forward": staticmethod(forward), "backward": staticmethod(backward_)}
+    )
+
+    def call(keyset: Any, *args: Any) -> Any:
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+            return function.apply(*args, keyset)
+        with below():
+            return op.redispatch(keyset & after, *args)
+
+    return call
