@@ -65,10 +65,20 @@ class Faults {
   __builtin_unreachable();
 }
 
+// The bits of all segments' lengths. No branch, and no comparison, which a vector of int64 has not on every processor: this
+// is run on every call.
+inline int64_t length_bits(const int64_t* ptr, int64_t num_segments) {
+  uint64_t bits = 0;  // unsigned: what stands in a bad ptr may overflow
+  for (int64_t i = 0; i < num_segments; ++i) bits |= uint64_t(ptr[i + 1]) - uint64_t(ptr[i]);
+  return int64_t(bits);
+}
+inline bool any_hub(const int64_t* ptr, int64_t num_segments) {
+  static_assert((kHubChunk & (kHubChunk - 1)) == 0);
+  return length_bits(ptr, num_segments) >= 2 * kHubChunk;
+}
+
 inline void check_ptr(const char* op, const int64_t* ptr, int64_t num_segments, int64_t num_edges) {
-  bool falls = num_segments < 0 || ptr[0] != 0 || ptr[num_segments] != num_edges;
-  for (int64_t i = 0; i < num_segments; ++i) falls |= ptr[i + 1] < ptr[i];  // no branch: this is run on every call
-  if (!falls) return;
+  if (num_segments >= 0 && ptr[0] == 0 && ptr[num_segments] == num_edges && length_bits(ptr, num_segments) >= 0) return;
   int64_t low = 0;
   for (int64_t i = 0; i <= num_segments; ++i) {
     const int64_t least = i == num_segments ? num_edges : low, most = i == 0 && num_segments ? 0 : num_edges;
@@ -86,14 +96,24 @@ template <class Run, class Piece>
 void parallel_segments(const int64_t* ptr, int64_t num_segments, int64_t block, Run&& run, Piece&& piece) {
   if (num_segments <= 0) return;
   const int64_t num_edges = ptr[num_segments];
-  parallel_blocks(num_edges + num_segments, block, [&](int64_t thread, int64_t begin, int64_t end) {
-    int64_t low = 0, high = num_segments;  // first segment that starts at or after `begin`
+  const bool hubs = any_hub(ptr, num_segments);
+  const auto from = [&](int64_t unit) {  // the first segment that starts there or later
+    int64_t low = 0, high = num_segments;
     while (low < high) {
       const int64_t middle = low + (high - low) / 2;
-      if (ptr[middle] + middle < begin)
+      if (ptr[middle] + middle < unit)
         low = middle + 1;
       else
         high = middle;
+    }
+    return low;
+  };
+  parallel_blocks(num_edges + num_segments, block, [&](int64_t thread, int64_t begin, int64_t end) {
+    int64_t low = from(begin);
+    if (!hubs) {
+      const int64_t last = from(end);
+      if (low < last) run(thread, low, last);
+      return;
     }
     if (low > 0 && is_hub(ptr[low - 1], ptr[low])) --low;  // some of its pieces may start here
     int64_t i = low;
