@@ -1,0 +1,171 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from geo.ops.gaunt import gaunt_product, gaunt_product_reference
+from geo.testing import assert_close, check_compile, check_derivatives, check_op
+
+F64 = torch.float64
+METHODS = ["grid", "sparse", "separable"]
+SIZES = [(0, 0, 0, 3), (1, 1, 1, 4), (2, 1, 3, 5), (1, 3, 2, 1), (3, 3, 3, 2)]  # L1, L2, L3, C
+
+
+def tensors(rows: int, sizes: tuple[int, int, int, int], device="cpu", dtype=torch.float32) -> list[Tensor]:
+    lmax1, lmax2, _, channels = sizes
+    x, y = torch.randn(rows, (lmax1 + 1) ** 2, channels), torch.randn(rows, (lmax2 + 1) ** 2, channels)
+    return [t.to(device, dtype) for t in (x, y)]
+
+
+def scaled(x, y, a, b, c, lmax=2, bracket=False, method="grid"):
+    return gaunt_product(x, y, lmax, bracket, a, b, c, method)
+
+
+def scales(device="cpu", rows: int = 3, channels: int = 2) -> list[Tensor]:
+    return [
+        torch.randn(shape, dtype=F64, device=device) for shape in ((2, channels), (rows, 2, 1), (rows, 3, channels))
+    ]
+
+
+def test_table(device):
+    r"""With Y_1 = sqrt(3) u: vectors a, b have the product 3 (a.u)(b.u), of mean a.b, and the bracket 3 u.(a x b)."""
+    x = torch.tensor([0.0, 1.0, 2.0, 3.0], device=device)[:, None]
+    y = torch.tensor([0.0, 4.0, -5.0, 6.0], device=device)[:, None]
+    torch.testing.assert_close(gaunt_product(x, y, 0).flatten().cpu(), torch.tensor([4.0 - 10 + 18]))
+    cross = torch.linalg.cross(x[1:, 0], y[1:, 0]).cpu() * 3**0.5
+    torch.testing.assert_close(gaunt_product(x, y, 1, bracket=True).flatten().cpu(), torch.cat((cross[:1] * 0, cross)))
+    one = torch.tensor([1.0, 0, 0, 0], device=device)[:, None]
+    torch.testing.assert_close(gaunt_product(one, y, 1), y)
+    assert gaunt_product(one, y, bracket=True).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("bracket", [False, True])
+@pytest.mark.parametrize("dtype", [F64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_methods_and_dtypes(device, dtype, bracket, method):
+    for rows in (0, 1, 2, 63):
+        for sizes in SIZES:
+            check_op(
+                lambda x, y, top=sizes[2]: gaunt_product(x, y, top, bracket, method=method),
+                lambda x, y, top=sizes[2]: gaunt_product_reference(x, y, top, bracket, method="grid"),
+                tensors(rows, sizes, device, dtype),
+                factor=10,  # sums of up to 60 terms of size 5
+            )
+
+
+@pytest.mark.parametrize("bracket", [False, True])
+def test_leading_axes_broadcast_and_channels_repeat(device, bracket):
+    x, y = torch.randn(5, 1, 4, 3, dtype=F64, device=device), torch.randn(2, 9, 1, dtype=F64, device=device)
+    out = gaunt_product(x, y, 2, bracket)
+    assert out.shape == (5, 2, 9, 3)
+    for i, j, c in ((0, 0, 0), (4, 1, 2)):
+        alone = gaunt_product(x[i, 0, :, c : c + 1], y[j], 2, bracket)
+        assert_close(out[i, j, :, c : c + 1], alone)
+    assert gaunt_product(x[..., :0], y, 2).shape == (5, 2, 9, 0)
+    wide = x.transpose(0, 2).contiguous().transpose(0, 2)
+    assert_close(gaunt_product(wide, y, 2, bracket), out)
+
+
+@pytest.mark.parametrize("bracket", [False, True])
+@pytest.mark.parametrize("method", METHODS)
+def test_scales_are_factors_of_degrees(device, bracket, method):
+    x, y = tensors(3, (1, 1, 2, 2), device, F64)
+    a, b, c = scales(device)
+    spread = [torch.repeat_interleave(s, torch.tensor([1, 3, 5][: s.size(-2)], device=device), -2) for s in (a, b, c)]
+    expected = spread[2] * gaunt_product(x * spread[0], y * spread[1], 2, bracket, method="grid")
+    assert_close(scaled(x, y, a, b, c, 2, bracket, method), expected)
+
+
+@pytest.mark.parametrize("bracket", [False, True])
+@pytest.mark.parametrize("method", METHODS)
+def test_derivatives(device, bracket, method):
+    def product(x, y):
+        return gaunt_product(x, y, 2, bracket, method=method)
+
+    check_derivatives(product, tensors(2, (1, 2, 2, 2), device, F64))
+
+
+@pytest.mark.parametrize("bracket", [False, True])
+@pytest.mark.parametrize("channels", [(2, 1), (1, 2), (1, 1)])
+def test_derivatives_with_scales_and_one_channel(device, bracket, channels):
+    x, y = (torch.randn(2, 4, c, dtype=F64, device=device) for c in channels)
+    check_derivatives(lambda *t: scaled(*t, bracket=bracket), [x, y, *scales(device, rows=2)])
+
+
+@pytest.mark.parametrize("bracket", [False, True])
+def test_third_derivative(device, bracket):
+    """gradgradcheck of the gradient of a cubic function of the product."""
+    x, y = tensors(2, (1, 1, 2, 1), device, F64)
+    a, b, c = scales(device, rows=2, channels=1)
+
+    def force(*inputs):
+        energy = scaled(*inputs, bracket=bracket).pow(3).sum()
+        return torch.autograd.grad(energy, inputs, create_graph=True)
+
+    check_derivatives(force, (x, y, a, b, c))
+
+
+@pytest.mark.parametrize("bracket", [False, True])
+def test_gradients_are_the_op_itself(bracket):
+    """The op keeps its operands alone, no field on the grid, and its gradient comes from the op."""
+    x, y = (t.requires_grad_() for t in tensors(4, (2, 2, 2, 3), dtype=F64))
+    out = torch.ops.geo.gaunt_product(x, y, None, None, None, 2, 2, 2, 3, bracket, "grid")
+    kept = [t for t in out.grad_fn.saved_tensors if t is not None]
+    assert [t.data_ptr() for t in kept] == [x.data_ptr(), y.data_ptr()]
+    (dx,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
+    assert "gaunt_product" in dx.grad_fn.name()
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("grad", [False, True])
+def test_opcheck(device, method, grad):
+    x, y = (t.requires_grad_(grad) for t in tensors(3, (1, 1, 2, 2), device, F64))
+    a, b, c = (torch.randn(n, 2, 1, dtype=F64, device=device, requires_grad=grad) for n in (1, 3, 1))
+    op = torch.ops.geo.gaunt_product.default
+    torch.library.opcheck(op, (x, y, None, None, None, 1, 1, 2, 2, False, method))
+    torch.library.opcheck(op, (x, y, a, b, c, 1, 1, 1, 2, True, method))
+    torch.library.opcheck(op, (x, y[:, :, :1].detach().requires_grad_(grad), a, b, c, 1, 1, 1, 1, True, method))
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compile(device, dynamic):
+    x, y = tensors(5, (1, 2, 2, 3), device)
+    check_compile(lambda x, y: gaunt_product(torch.sin(x), y, 2), (x, y), dynamic=dynamic)
+    check_compile(
+        lambda x, y, s: gaunt_product(x, y, 2, True, scale_y=s),
+        (x, y, torch.randn(3, 1, device=device)),
+        dynamic=dynamic,
+    )
+
+
+def test_torch_func_uses_the_reference():
+    x, y = tensors(3, (1, 1, 2, 2), dtype=F64)
+    with pytest.raises(RuntimeError, match=r"use geo\.ops\.gaunt_product_reference there"):
+        torch.func.vmap(gaunt_product)(x, y)
+    assert_close(torch.func.vmap(gaunt_product_reference)(x, y), gaunt_product(x, y))
+    grad = torch.func.grad(lambda x: gaunt_product_reference(x, y).square().sum())(x)
+    leaf = x.clone().requires_grad_()
+    gaunt_product(leaf, y).square().sum().backward()
+    assert_close(grad, leaf.grad)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "words"),
+    [
+        ({"x": torch.ones(2, 5, 3)}, ValueError, r"x: expected \[\.\.\., \(L\+1\)\^2, C\].*where 5 is no such square"),
+        ({"y": torch.ones(4)}, ValueError, r"y: expected \[\.\.\., \(L\+1\)\^2, C\], got shape \[4\]"),
+        ({"x": torch.ones(2, 4, 3).long()}, TypeError, r"x: expected a floating-point tensor, got torch\.int64"),
+        ({"y": torch.ones(2, 4, 2)}, ValueError, "3 and 2 channels"),
+        ({"y": torch.ones(3, 4, 3)}, ValueError, "do not broadcast"),
+        ({"lmax_out": -1}, ValueError, "lmax_out is -1"),
+        ({"lmax_out": 129}, ValueError, "lmax_out is 129"),
+        ({"method": "fft"}, ValueError, "method is 'fft', but must be one of 'auto', 'sparse', 'grid', 'separable'"),
+        ({"scale_x": torch.ones(3, 3)}, ValueError, r"scale_x: expected \[\.\.\., 2, C\], one row a degree"),
+        ({"scale_out": torch.ones(3, 1).long()}, TypeError, "scale_out: expected a floating-point tensor"),
+    ],
+)
+def test_refusals(changes, error, words):
+    arguments = {"x": torch.ones(2, 4, 3), "y": torch.ones(2, 4, 3)} | changes
+    with pytest.raises(error, match=words):
+        gaunt_product(**arguments)
