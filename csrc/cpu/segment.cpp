@@ -134,7 +134,7 @@ void reduce_segments(const char* op, const SegmentArgs& a, Combine combine, int6
 }
 
 // Unsorted rows this narrow are taken where they belong, in the order they stand, not fetched through a permutation.
-bool adds_in_place(int64_t width) { return width > 0 && width <= 32; }
+bool takes_in_place(int64_t width) { return width > 0 && width <= 32; }
 template <class S>
 bool ranks_in_place(int64_t width, int64_t num_rows) {
   return sizeof(S) < 8 && width > 0 && width <= 4 && num_rows <= UINT32_MAX;
@@ -147,9 +147,10 @@ int64_t num_parts(int64_t num_rows, int64_t size) {
   return parts;
 }
 
-// The parts' sums, added in order. Counts come from ptr, or, where that is null and a mean is wanted, are taken alongside.
+// The parts' sums (products), combined in order. Counts come from ptr, or, where that is null and a mean is wanted, are taken alongside.
 template <class S>
-void add_rows(const char* op, const char* index_name, const ScatterArgs& a, const int64_t* ptr, bool mean, S* out) {
+void take_rows(const char* op, const char* index_name, const ScatterArgs& a, Combine combine, const int64_t* ptr, bool mean,
+               S* out) {
   using T = typename accumulate<S>::type;
   constexpr bool kSame = std::is_same<S, T>::value;
   const SegmentTable& leaf = segment_table(S{});
@@ -169,11 +170,11 @@ void add_rows(const char* op, const char* index_name, const ScatterArgs& a, cons
   Faults faults;
   parallel_blocks(parts, 1, [&](int64_t, int64_t begin, int64_t end) {
     for (int64_t k = begin; k < end; ++k) {
-      std::fill_n(part(k), num, T(0));
+      std::fill_n(part(k), num, T(combine == kProduct));
       int32_t* count = counted ? &counts[k * a.size] : nullptr;
       if (count) std::fill_n(count, a.size, 0);
       const Outcome outcome =
-          leaf.add(a, a.num_rows * k / parts, a.num_rows * (k + 1) / parts, part(k), count);
+          leaf.take[combine](a, a.num_rows * k / parts, a.num_rows * (k + 1) / parts, part(k), count);
       faults.add(outcome.fault, outcome.position);
     }
   });
@@ -183,7 +184,10 @@ void add_rows(const char* op, const char* index_name, const ScatterArgs& a, cons
     for (int64_t k = 1; k < parts; ++k) {
       T* to = part(0);
       const T* more = part(k);
-      for (int64_t f = begin * a.width; f < end * a.width; ++f) to[f] += more[f];
+      if (combine == kSum)
+        for (int64_t f = begin * a.width; f < end * a.width; ++f) to[f] += more[f];
+      else
+        for (int64_t f = begin * a.width; f < end * a.width; ++f) to[f] *= more[f];
     }
     for (int64_t i = begin; mean && i < end; ++i) {
       int64_t length = 0;
@@ -204,9 +208,9 @@ Tensor segment_sum_cpu(const Tensor& src, const Tensor& ptr, const std::optional
   Tensor out = torch::stable::new_empty(s.src, with_rows(s.src, s.num_segments));
   dispatch_floating(s.src.scalar_type(), op, [&](auto zero) {
     using S = decltype(zero);
-    if (s.perm && s.index && adds_in_place(s.width)) {
+    if (s.perm && s.index && takes_in_place(s.width)) {
       const ScatterArgs a{read<S>(s.src), index_data(*s.index), s.num_rows, s.num_segments, s.width};
-      add_rows(op, "dst_index", a, index_data(s.ptr), mean, write<S>(out));
+      take_rows(op, "dst_index", a, kSum, index_data(s.ptr), mean, write<S>(out));
     } else {
       const SegmentArgs a{read<S>(s.src), write<S>(out), nullptr, index_data(s.ptr), s.order(), s.num_rows, s.width, mean};
       reduce_segments<S>(op, a, kSum, s.num_segments);
@@ -222,6 +226,10 @@ Tensor segment_prod_cpu(const Tensor& src, const Tensor& ptr, const std::optiona
   Tensor out = torch::stable::new_empty(s.src, with_rows(s.src, s.num_segments));
   dispatch_floating(s.src.scalar_type(), op, [&](auto zero) {
     using S = decltype(zero);
+    if (s.perm && s.index && takes_in_place(s.width)) {
+      const ScatterArgs a{read<S>(s.src), index_data(*s.index), s.num_rows, s.num_segments, s.width};
+      return take_rows(op, "dst_index", a, kProduct, nullptr, false, write<S>(out));
+    }
     const SegmentArgs a{read<S>(s.src), write<S>(out), nullptr, index_data(s.ptr), s.order(), s.num_rows, s.width, false};
     reduce_segments<S>(op, a, kProduct, s.num_segments);
   });
@@ -472,7 +480,7 @@ Tensor scatter_sum_cpu(const Tensor& src_, const Tensor& index_, int64_t size, b
     using S = decltype(zero);
     SegmentArgs a{read<S>(s.src), write<S>(out), nullptr, s.rows_ptr(), nullptr, s.num_rows, s.width, mean};
     if (s.is_sorted()) return reduce_segments<S>(op, a, kSum, size);
-    if (adds_in_place(s.width)) return add_rows(op, "index", s.args(a.src), nullptr, mean, write<S>(out));
+    if (takes_in_place(s.width)) return take_rows(op, "index", s.args(a.src), kSum, nullptr, mean, write<S>(out));
     const Tensor perm = s.sort(op);
     a.perm = index_data(perm);
     reduce_segments<S>(op, a, kSum, size);

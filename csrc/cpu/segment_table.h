@@ -33,8 +33,8 @@ struct SegmentTable {
   Outcome (*reduce[6])(const SegmentArgs&, int64_t first, int64_t last);
   // places [begin, end) to one row: in the accumulation type, or, with arg, in that of src
   Outcome (*piece[6])(const SegmentArgs&, int64_t begin, int64_t end, void* row, int64_t* arg);
-  // out[index[e]] += src[e] for e in [begin, end), in order; out is in the accumulation type; counts rows, if not null
-  Outcome (*add)(const ScatterArgs&, int64_t begin, int64_t end, void* out, int32_t* count);
+  // out[index[e]] += src[e] (*=) for e in [begin, end), in order; out is in the accumulation type; counts rows, if not null
+  Outcome (*take[2])(const ScatterArgs&, int64_t begin, int64_t end, void* out, int32_t* count);
   // best[index[e]] = max(best[index[e]], rank of src[e] << 32 | ~(e - begin)), for at most 32 bits a value, 2^32 rows
   // and 4 columns: of equal values the first row wins
   Outcome (*rank)(const ScatterArgs&, int64_t begin, int64_t end, bool largest, uint64_t* best);

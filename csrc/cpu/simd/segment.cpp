@@ -530,8 +530,8 @@ GEO_INLINE void prefetch_target(const ScatterArgs& a, const void* to, int64_t e,
   for (int64_t b = 0; b < bytes; b += 64) prefetch(reinterpret_cast<const void*>(p + uintptr_t(b)));
 }
 
-template <class S, int Width, bool kFar>  // 0: any
-GEO_INLINE Outcome add_rows(const ScatterArgs& args, int64_t begin, int64_t end, Acc<S>* out, int32_t* count) {
+template <class S, class Op, int Width, bool kFar>  // 0: any
+GEO_INLINE Outcome take_rows_to(const ScatterArgs& args, int64_t begin, int64_t end, Acc<S>* out, int32_t* count) {
   const ScatterArgs a = args;  // a copy, which stores to out cannot change
   constexpr int L = lanes_of<S>;
   const int64_t width = Width ? Width : a.width;
@@ -543,14 +543,14 @@ GEO_INLINE Outcome add_rows(const ScatterArgs& args, int64_t begin, int64_t end,
       Acc<S>* to = out + a.index[e] * width;
       if (kFar) prefetch_target(a, out, e + kLookAhead, width * int64_t(sizeof(Acc<S>)));
       if (Width) {
-        GEO_UNROLL(16) for (int c = 0; c < Width; ++c) to[c] += widen(p[c]);
+        GEO_UNROLL(16) for (int c = 0; c < Width; ++c) to[c] = Op::apply(to[c], Acc<S>(widen(p[c])));
         continue;
       }
       int64_t c = 0;
-      for (; c + L <= width; c += L) store(to + c, load(to + c) + load(p + c));
+      for (; c + L <= width; c += L) store(to + c, Op::apply(load(to + c), load(p + c)));
       if (c < width) {
         const int n = int(width - c);
-        store_first(to + c, load_first(to + c, n) + load_first(p + c, n), n);
+        store_first(to + c, Op::apply(load_first(to + c, n), load_first(p + c, n)), n);
       }
     }
     if (count)
@@ -558,21 +558,21 @@ GEO_INLINE Outcome add_rows(const ScatterArgs& args, int64_t begin, int64_t end,
   }
   return kFine;
 }
-template <class S, int Width>
-GEO_INLINE Outcome add_near_or_far(const ScatterArgs& a, int64_t begin, int64_t end, Acc<S>* out, int32_t* count) {
-  if (a.size * a.width * int64_t(sizeof(Acc<S>)) <= kNear) return add_rows<S, Width, false>(a, begin, end, out, count);
-  return add_rows<S, Width, true>(a, begin, end, out, count);
+template <class S, class Op, int Width>
+GEO_INLINE Outcome take_near_or_far(const ScatterArgs& a, int64_t begin, int64_t end, Acc<S>* out, int32_t* count) {
+  if (a.size * a.width * int64_t(sizeof(Acc<S>)) <= kNear) return take_rows_to<S, Op, Width, false>(a, begin, end, out, count);
+  return take_rows_to<S, Op, Width, true>(a, begin, end, out, count);
 }
-template <class S>
-Outcome add(const ScatterArgs& a, int64_t begin, int64_t end, void* out, int32_t* count) {
+template <class S, class Op>
+Outcome take_in_place(const ScatterArgs& a, int64_t begin, int64_t end, void* out, int32_t* count) {
   Acc<S>* to = static_cast<Acc<S>*>(out);
   switch (a.width) {
-    case 1: return add_near_or_far<S, 1>(a, begin, end, to, count);
-    case 2: return add_near_or_far<S, 2>(a, begin, end, to, count);
-    case 3: return add_near_or_far<S, 3>(a, begin, end, to, count);
-    case 4: return add_near_or_far<S, 4>(a, begin, end, to, count);
-    case 8: return add_near_or_far<S, 8>(a, begin, end, to, count);
-    default: return add_near_or_far<S, 0>(a, begin, end, to, count);
+    case 1: return take_near_or_far<S, Op, 1>(a, begin, end, to, count);
+    case 2: return take_near_or_far<S, Op, 2>(a, begin, end, to, count);
+    case 3: return take_near_or_far<S, Op, 3>(a, begin, end, to, count);
+    case 4: return take_near_or_far<S, Op, 4>(a, begin, end, to, count);
+    case 8: return take_near_or_far<S, Op, 8>(a, begin, end, to, count);
+    default: return take_near_or_far<S, Op, 0>(a, begin, end, to, count);
   }
 }
 
@@ -626,7 +626,7 @@ Outcome rank(const ScatterArgs& a, int64_t begin, int64_t end, bool largest, uin
                               extreme<S, Minimum>, extreme<S, Maximum>},                                             \
                              {reduce_piece<S, Sum>, reduce_piece<S, Product>, reduce_piece<S, Minimum>,              \
                               reduce_piece<S, Maximum>, extreme_piece<S, Minimum>, extreme_piece<S, Maximum>},       \
-                             add<S>, rank<S>};
+                             {take_in_place<S, Sum>, take_in_place<S, Product>}, rank<S>};
 
 // -- copies of rows ----------------------------------------------------------------------------------------------------
 template <int N>
