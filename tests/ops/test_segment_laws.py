@@ -92,3 +92,12 @@ def test_pointers_that_fall_or_end_elsewhere(device, name, dtype):
         bad[position] = value
         with pytest.raises(IndexError, match=rf"{name}: ptr\[\d\] = \d*-?\d+ is out of range \[\d+, {ROWS}\]"):
             EVERY[name](src, None, bad)
+
+
+def test_nothing_of_torch_scatter_is_missing():
+    names = ["scatter", *(f"scatter_{r}" for r in ("sum", "add", "mul", "mean", "min", "max"))]
+    for kind in ("coo", "csr"):
+        names += [f"segment_{kind}", f"gather_{kind}"]
+        names += [f"segment_{r}_{kind}" for r in ("sum", "add", "mean", "min", "max")]
+    names += [f"scatter_{r}" for r in ("std", "logsumexp", "softmax", "log_softmax")]
+    assert set(names) <= set(ops.__all__)
