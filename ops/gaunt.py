@@ -193,7 +193,7 @@ def _factors(lmax: int, degree: int, field: str) -> tuple[Tensor, Tensor]:
         value, slope, over_sine = _polar(lmax, cosine)
         m = torch.arange(-lmax, lmax + 1)
         turn = azimuth[:, None] * m.abs()
-        root = torch.where(m == 0, 1.0, math.sqrt(2.0)).double()
+        root = torch.where(m == 0, 1.0, 2.0).double().sqrt()
         trig = torch.where(m < 0, turn.sin(), turn.cos()) * root
         if field == "phi":  # along the azimuth
             polar, trig = over_sine, torch.where(m < 0, turn.cos(), -turn.sin()) * root * m.abs()

@@ -30,14 +30,14 @@ def scales(device="cpu", rows: int = 3, channels: int = 2) -> list[Tensor]:
 
 def test_table(device):
     r"""With Y_1 = sqrt(3) u: vectors a, b have the product 3 (a.u)(b.u), of mean a.b, and the bracket 3 u.(a x b)."""
-    x = torch.tensor([0.0, 1.0, 2.0, 3.0], device=device)[:, None]
-    y = torch.tensor([0.0, 4.0, -5.0, 6.0], device=device)[:, None]
-    torch.testing.assert_close(gaunt_product(x, y, 0).flatten().cpu(), torch.tensor([4.0 - 10 + 18]))
-    cross = torch.linalg.cross(x[1:, 0], y[1:, 0]).cpu() * 3**0.5
-    torch.testing.assert_close(gaunt_product(x, y, 1, bracket=True).flatten().cpu(), torch.cat((cross[:1] * 0, cross)))
-    one = torch.tensor([1.0, 0, 0, 0], device=device)[:, None]
-    torch.testing.assert_close(gaunt_product(one, y, 1), y)
-    assert gaunt_product(one, y, bracket=True).abs().max() < 1e-6
+    x = torch.tensor([0.0, 1.0, 2.0, 3.0], dtype=F64, device=device)[:, None]
+    y = torch.tensor([0.0, 4.0, -5.0, 6.0], dtype=F64, device=device)[:, None]
+    assert_close(gaunt_product(x, y, 0).flatten(), torch.tensor([4.0 - 10 + 18], dtype=F64))
+    cross = torch.linalg.cross(x[1:, 0], y[1:, 0]) * 3**0.5
+    assert_close(gaunt_product(x, y, 1, bracket=True).flatten(), torch.cat((cross[:1] * 0, cross)))
+    one = torch.tensor([1.0, 0, 0, 0], dtype=F64, device=device)[:, None]
+    assert_close(gaunt_product(one, y, 1), y)
+    assert gaunt_product(one, y, bracket=True).abs().max() < 1e-12
 
 
 @pytest.mark.parametrize("method", METHODS)
