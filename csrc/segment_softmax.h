@@ -127,9 +127,13 @@ GEO_HD V softmax_grad_value(V g, V y, V sum, bool log) {
   return log ? g - exp_value<T>(y) * sum : y * (g - sum);
 }
 
+// Log-sum-exp is right to a few eps of max(1, |result|), with a maximum or, where the sum allows it, without: log(sum)
+// takes the relative error of the sum for an absolute one. One row is its own log-sum-exp, bit for bit. So it comes out
+// here, where its sum is 1 and log(1) is 0, taken off so that -0 stays. Without maximum log(exp(x)) is not x, and x is put
+// in its place.
 template <class T, class V>
 GEO_HD V logsumexp_value(const MaxSum<V>& s) {
-  return log_value<T>(s.sum) + finite<T>(s.max);
+  return -(-log_value<T>(s.sum) - finite<T>(s.max));
 }
 // g exp(x - out); 0 g where out is -inf
 template <class T, class V>

@@ -72,8 +72,8 @@ def segment_logsumexp(src: Tensor, ptr: Tensor | SegmentPlan) -> Tensor:
     r"""Logarithm of the sum of exponentials of each segment, :math:`\log \sum_{e \in i} \exp(x_e)`.
 
     An empty segment gives 0 (as in torch_scatter; the limit would be -inf). Infinities come out as they should: +inf
-    where there is one, -inf where there is nothing else, and then no gradient. NaN goes through. Differentiable any
-    number of times.
+    where there is one, -inf where there is nothing else, and then no gradient. NaN goes through. A single row
+    is given as it stands. Differentiable any number of times.
 
     Args:
         src: [E, *F], floating.
@@ -188,7 +188,7 @@ def _logsumexp(src: Tensor, order: Order) -> Tensor:
     top = torch.where(top.isfinite(), top, 0)  # +-inf less itself would be NaN
     total = wide.new_zeros(top.shape).index_add(0, rows, (wide - top.index_select(0, rows)).exp())
     empty = (order.ptr.diff() == 0).view(-1, *[1] * (src.dim() - 1))
-    return torch.where(empty, 0, torch.where(empty, 1, total).log() + top)
+    return torch.where(empty, 0, -(-torch.where(empty, 1, total).log() - top))  # of -0 alone, -0
 
 
 def _std(src: Tensor, order: Order, unbiased: bool) -> tuple[Tensor, Tensor]:

@@ -30,7 +30,7 @@ struct Scatter {
   const ScatterSoftmaxTable& leaf = table(S{});
   ScatterJob job{};
   int64_t entries, parts = 1;  // of a table, made full vectors
-  std::unique_ptr<T[]> max, sum;  // no maxima: the sums were fine without
+  std::unique_ptr<T[]> max, sum, last;  // no maxima: the sums were fine without
 
   Scatter(const char* op_, const char* name_, const Tensor& src, const Tensor& index_, int64_t size)
       : op(op_), name(name_), index(made_contiguous(index_)) {
@@ -45,7 +45,7 @@ struct Scatter {
     while (parts < 16 && parts * (size + 4096) * 8 <= job.num_rows) parts *= 2;
   }
 
-  // pass(begin, end, table) for each part, each with a table filled with `fill`.
+  // pass(begin, end, table, entries before it) for each part, each with a table filled with `fill`.
   template <class Pass>
   std::unique_ptr<T[]> tables(T fill, Pass&& pass) const {
     std::unique_ptr<T[]> all(new T[parts * entries]);
@@ -54,7 +54,7 @@ struct Scatter {
     parallel_blocks(parts, 1, [&](int64_t, int64_t first, int64_t last) {
       for (int64_t k = first; k < last; ++k) {
         std::fill_n(&all[k * entries], entries, fill);
-        note(faults, pass(begin_of(k), begin_of(k + 1), &all[k * entries]));
+        note(faults, pass(begin_of(k), begin_of(k + 1), &all[k * entries], k * entries));
       }
     });
     raise(faults);
@@ -82,17 +82,21 @@ struct Scatter {
   }
 
   bool add_exponentials() {
-    sum = tables(kNoSum<T>, [&](int64_t begin, int64_t end, T* to) { return leaf.sum(job, begin, end, max.get(), to); });
+    sum = tables(kNoSum<T>, [&](int64_t begin, int64_t end, T* to, int64_t at) {
+      return leaf.sum(job, begin, end, max.get(), to, last ? last.get() + at : nullptr);
+    });
     std::atomic<bool> fits{true};
     for_entries([&](int64_t begin, int64_t end) {
+      if (last) leaf.merge_last(sum.get(), last.get(), parts, entries, begin, end);
       if (!leaf.merge(sum.get(), parts, entries, begin, end)) fits.store(false, std::memory_order_relaxed);
     });
     return fits;
   }
   void exponentials(bool with_maximum) {
     if (!with_maximum && add_exponentials()) return;
+    last.reset();
     max = tables(-std::numeric_limits<T>::infinity(),
-                 [&](int64_t begin, int64_t end, T* to) { return leaf.maximum(job, begin, end, to); });
+                 [&](int64_t begin, int64_t end, T* to, int64_t) { return leaf.maximum(job, begin, end, to); });
     for_entries([&](int64_t begin, int64_t end) { leaf.merge_maximum(max.get(), parts, entries, begin, end); });
     add_exponentials();
   }
@@ -131,14 +135,17 @@ Tensor softmax_grad_by_index(const char* op, const char* name, const Tensor& gra
     s.job.out = write<S>(to);
     s.job.log = log;
     advise_huge_pages(s.job.out, to.numel() * int64_t(sizeof(S)));
-    s.sum = s.tables(T(0), [&](int64_t begin, int64_t end, T* sum) { return s.leaf.grad_sum(s.job, begin, end, sum); });
+    s.sum = s.tables(T(0), [&](int64_t begin, int64_t end, T* sum, int64_t) {
+      return s.leaf.grad_sum(s.job, begin, end, sum);
+    });
     s.for_entries([&](int64_t begin, int64_t end) { s.leaf.merge(s.sum.get(), s.parts, s.entries, begin, end); });
     s.for_rows([&](int64_t begin, int64_t end) { s.leaf.softmax_grad(s.job, begin, end, s.sum.get()); });
   });
   return to;
 }
 
-Tensor logsumexp_by_index(const char* op, const char* name, const Tensor& src, const Tensor& index, int64_t size) {
+Tensor logsumexp_by_index(const char* op, const char* name, const Tensor& src, const Tensor& index, int64_t size,
+                          bool single_rows) {
   std::vector<int64_t> sizes(src.sizes().begin(), src.sizes().end());
   sizes[0] = size;
   const ScalarType dtype = src.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
@@ -150,9 +157,10 @@ Tensor logsumexp_by_index(const char* op, const char* name, const Tensor& src, c
     s.job.x = read<S>(src);
     T* to = write<T>(out);
     advise_huge_pages(to, out.numel() * int64_t(sizeof(T)));
+    if (single_rows) s.last = s.tables(T(0), [](int64_t, int64_t, T*, int64_t) { return int64_t(-1); });
     s.exponentials(false);
     s.for_entries([&](int64_t begin, int64_t end) {
-      s.leaf.logsumexp(s.max.get(), s.sum.get(), begin, std::min(end, out.numel()), to);
+      s.leaf.logsumexp(s.max.get(), s.sum.get(), s.last.get(), begin, std::min(end, out.numel()), to);
     });
   });
   return out;

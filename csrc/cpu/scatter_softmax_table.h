@@ -26,8 +26,9 @@ constexpr T kNoSum = T(-0.0);
 // of range, or -1.
 struct ScatterSoftmaxTable {
   int64_t (*maximum)(const ScatterJob&, int64_t begin, int64_t end, void* max);
-  // Adds exp(x - max), without max exp(x). For softmax of float and double they are left in `out`.
-  int64_t (*sum)(const ScatterJob&, int64_t begin, int64_t end, const void* max, void* sum);
+  // Adds exp(x - max), without max exp(x). For softmax of float and double they are left in `out`. `last`, where it is not
+  // null, is left with the last x of each segment.
+  int64_t (*sum)(const ScatterJob&, int64_t begin, int64_t end, const void* max, void* sum, void* last);
   void (*softmax)(const ScatterJob&, int64_t begin, int64_t end, const void* max, const void* divisor);
   int64_t (*grad_sum)(const ScatterJob&, int64_t begin, int64_t end, void* sum);
   void (*softmax_grad)(const ScatterJob&, int64_t begin, int64_t end, const void* sum);
@@ -36,9 +37,11 @@ struct ScatterSoftmaxTable {
   // Of the entries [begin, end) of tables: whole vectors, but for the last. `parts` tables, of `entries` each, are merged
   // into the first, in order; false where one of the sums could not be used if it were one of exponentials without maximum.
   bool (*merge)(void* sums, int64_t parts, int64_t entries, int64_t begin, int64_t end);
+  void (*merge_last)(const void* sums, void* lasts, int64_t parts, int64_t entries, int64_t begin, int64_t end);
   void (*merge_maximum)(void* maxima, int64_t parts, int64_t entries, int64_t begin, int64_t end);
   void (*divisor)(const void* max, void* sum, int64_t begin, int64_t end, bool log);
-  void (*logsumexp)(const void* max, const void* sum, int64_t begin, int64_t end, void* out);
+  // With max or, where it is not null, last: that is the result where it is all there is to the sum.
+  void (*logsumexp)(const void* max, const void* sum, const void* last, int64_t begin, int64_t end, void* out);
 };
 
 GEO_DECLARE_TABLE(ScatterSoftmaxTable, scatter_softmax_float)

@@ -155,11 +155,38 @@ Tensor segment_softmax_grad_cpu(const Tensor& grad_, const Tensor& out_, const T
   return to;
 }
 
+// What is alone in its segment of one column, as it stands.
+void put_single_rows(const char* op, const Tensor& src, const Tensor& ptr_, const Tensor& perm_, const Tensor& out) {
+  check_index_dtype(perm_, op, "edge_perm");
+  STD_TORCH_CHECK(perm_.numel() == src.size(0), op, ": edge_perm must have one entry per edge");
+  const int64_t *ptr = index_data(ptr_), *perm = index_data(perm_), rows = src.size(0);
+  Faults faults;
+  dispatch_floating(src.scalar_type(), op, [&](auto zero) {
+    using S = decltype(zero);
+    const S* x = read<S>(src);
+    auto* to = write<typename accumulate<S>::type>(out);
+    parallel_blocks(ptr_.numel() - 1, 1 << 14, [&](int64_t, int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        if (ptr[i + 1] - ptr[i] != 1) continue;
+        const int64_t row = perm[ptr[i]];
+        if (uint64_t(row) >= uint64_t(rows)) return faults.add(kEdgePerm, ptr[i]);
+        to[i] = widen(x[row]);
+      }
+    });
+  });
+  if (const Found found = faults.first(); found.fault != kNoFault)
+    raise_out_of_range(op, "edge_perm", found.position, perm[found.position], 0, rows - 1);
+}
+
 Tensor segment_logsumexp_cpu(const Tensor& src_, const Tensor& ptr, const std::optional<Tensor>& perm,
                              const std::optional<Tensor>& index) {
   constexpr const char* op = "segment_logsumexp";
   const Tensor src = made_contiguous(src_);
-  if (in_order(op, src, ptr, perm, index)) return logsumexp_by_index(op, "dst_index", src, *index, ptr.numel() - 1);
+  if (in_order(op, src, ptr, perm, index)) {
+    const Tensor out = logsumexp_by_index(op, "dst_index", src, *index, ptr.numel() - 1, false);
+    put_single_rows(op, src, made_contiguous(ptr), made_contiguous(*perm), out);
+    return out;
+  }
   Rows rows(op, src, ptr, perm);
   Tensor out = rows.per_segment(src, wide_type(src.scalar_type()));
   dispatch_floating(src.scalar_type(), op, [&](auto zero) {
@@ -248,7 +275,7 @@ Tensor scatter_softmax_grad_cpu(const Tensor& grad, const Tensor& out, const Ten
 Tensor scatter_logsumexp_cpu(const Tensor& src, const Tensor& index, int64_t size) {
   constexpr const char* op = "scatter_logsumexp";
   if (const auto ptr = ptr_of_sorted(op, index, size)) return segment_logsumexp_cpu(src, *ptr, {}, {});
-  return logsumexp_by_index(op, "index", made_contiguous(src), index, size);
+  return logsumexp_by_index(op, "index", made_contiguous(src), index, size, true);
 }
 
 Tensor scatter_logsumexp_grad_cpu(const Tensor& grad, const Tensor& src, const Tensor& out, const Tensor& index) {

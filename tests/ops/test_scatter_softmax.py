@@ -122,6 +122,19 @@ def test_shares_of_one_and_of_half_are_exact(device):
     assert ops.scatter_log_softmax(src, index).tolist()[:2] == [0.0, 0.0]
 
 
+@pytest.mark.parametrize("shape", [(), (2,)], ids=str)
+def test_single_rows_are_exact_in_several_parts(device, shape):
+    """Each in the table of one part alone, beside segments that all parts add to."""
+    singles, rows = 2000, 200000
+    index = torch.cat([torch.arange(singles), singles + torch.randint(50, (rows,))])[torch.randperm(singles + rows)]
+    index, src = index.to(device), torch.randn(singles + rows, *shape, device=device)
+    alone = index < singles
+    out = scatter.scatter_logsumexp(src, index, singles + 50)
+    assert torch.equal(out[index[alone]], src[alone])
+    wanted = torch.stack([torch.logsumexp(src[index == i].double(), 0) for i in range(singles, singles + 50)])
+    assert_close(out[singles:], wanted, factor=10)  # sums of 4000 terms
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_same_bits_on_any_number_of_threads(name):
     index = torch.randint(700, (200000,))
@@ -232,6 +245,15 @@ def test_kernels_refuse_what_does_not_fit():
 def test_every_simd_level(level):
     if level == _native.simd_level():
         pytest.skip(f"{level} is what the other tests run")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-k", "loop or stands or digits or gradients", __file__]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        "-k",
+        "loop or stands or digits or exact or gradients",
+        __file__,
+    ]
     done = subprocess.run(command, env={**os.environ, "GEO_SIMD": level}, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout

@@ -184,6 +184,71 @@ def test_exp_and_log_are_accurate(device, dtype):
     assert ((ours.double() - wanted).abs() / (torch.finfo(dtype).eps * wanted.clamp(min=0.5))).max() < 2
 
 
+SINGLE = ["ptr", "perm", "plan", "sorted index", "index"]
+
+
+def per_order(order: str, src: Tensor, index: Tensor, size: int):
+    """The rows as ``order`` asks for them, the segment of each, and both ops on them, log-sum-exp as it is inside."""
+    geo, perm = torch.ops.geo, torch.randperm(index.numel(), device=index.device)
+    if order in ("ptr", "sorted index"):
+        perm = torch.arange(index.numel(), device=index.device)
+    src, index = src[perm].detach().requires_grad_(), index[perm]
+    if "index" in order:
+        args = (index, size)
+        return src, index, lambda s, log: geo.scatter_softmax(s, *args, log), lambda s: geo.scatter_logsumexp(s, *args)
+    plan = SegmentPlan(index, size)
+    args = (plan.ptr, None if order == "ptr" else plan.perm, plan.index if order == "plan" else None)
+    return src, index, lambda s, log: geo.segment_softmax(s, *args, log), lambda s: geo.segment_logsumexp(s, *args)
+
+
+@pytest.mark.parametrize("order", SINGLE)
+@pytest.mark.parametrize("shape", [(), (1,), (2,), (3,), (8,), (16,), (64,), (70,)], ids=str)
+def test_single_rows_are_exact(device, shape, order):
+    """Alone in its segment a row is its log-sum-exp bit for bit, its softmax 1 and its share of a gradient all of it.
+
+    Of all sizes, among segments of no and of more rows; where every row is as large also with maxima.
+    """
+    for lengths in ([1] * 300, [1, 0, 1, 2, 1, 1, 40, 1] * 40):
+        length = torch.tensor(lengths)
+        index = torch.repeat_interleave(torch.arange(len(lengths)), length).to(device)
+        single = (length == 1).to(device)
+        for dtype in FLOATS:
+            for scale in (1e-5, 1e-2, 1.0, 20.0, 3000.0):
+                rows = (scale * torch.randn(index.numel(), *shape)).to(device, dtype)
+                rows[0] = -0.0
+                src, segment, softmax, logsumexp = per_order(order, rows, index, len(lengths))
+                alone = single[segment]
+                out = logsumexp(src)
+                assert out.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+                bits = torch.int64 if dtype == torch.float64 else torch.int32
+                wanted = src[alone].detach().to(out.dtype)
+                assert torch.equal(out[segment[alone]].detach().view(bits), wanted.view(bits))
+                assert torch.all(softmax(src, False)[alone] == 1)
+                assert torch.all(softmax(src, True)[alone] == 0)
+                g = torch.randn(out.shape, device=device).to(out.dtype)
+                (grad,) = torch.autograd.grad(out, src, g)
+                assert torch.equal(grad[alone], g[segment[alone]].to(dtype))
+
+
+@pytest.mark.parametrize("order", SINGLE)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("shape", [(), (2,), (3,), (64,)], ids=str)
+def test_logsumexp_is_accurate(device, shape, dtype, order):
+    """To 4 eps of max(1, |result|), also about 0 and where one row outweighs the others by far."""
+    held = (torch.arange(9) <= torch.arange(400).view(-1, 1) % 9).to(device)  # 1 to 9 rows each
+    index = held.nonzero()[:, 0]
+    count = (index % 9 + 1).double().view(-1, *[1] * len(shape))
+    for spread in (1e-6, 1e-3, 1.0, 30.0, 500.0):
+        rows = spread * torch.randn(index.numel(), *shape, dtype=torch.float64, device=device)
+        rows = (rows - count.log()).to(dtype)
+        src, _, _, logsumexp = per_order(order, rows, index, 400)
+        filled = rows.new_full((*held.shape, *shape), -inf, dtype=torch.float64)
+        filled[held] = rows.double()
+        wanted = filled.logsumexp(1)
+        error = (logsumexp(src).double() - wanted).abs() / wanted.abs().clamp(min=1)
+        assert error.max() < 4 * torch.finfo(dtype).eps
+
+
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_same_bits_on_any_number_of_threads_and_every_run(name):
     lengths = [30000, 5, 2000, 9000, 0, 7]
@@ -323,6 +388,6 @@ def test_every_simd_level(level):
     """Sums in vectors of each width: these tests in a process of their own; test_native.py runs the tables so."""
     if level == _native.simd_level():
         pytest.skip(f"{level} is what the other tests run")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-k", "equals_loop or accurate or hub", __file__]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-k", "equals_loop or accurate or exact or hub", __file__]
     done = subprocess.run(command, env={**os.environ, "GEO_SIMD": level}, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout

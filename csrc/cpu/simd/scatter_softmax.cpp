@@ -70,9 +70,9 @@ struct Kernels {
     });
   }
 
-  static int64_t sum(const ScatterJob& job, int64_t begin, int64_t end, const void* max_, void* sum_) {
+  static int64_t sum(const ScatterJob& job, int64_t begin, int64_t end, const void* max_, void* sum_, void* last_) {
     const T* max = static_cast<const T*>(max_);
-    T* sum = static_cast<T*>(sum_);
+    T *sum = static_cast<T*>(sum_), *last = static_cast<T*>(last_);
     return for_blocks(job, begin, end, [&](int64_t e, int n, const int64_t* at) {
       alignas(64) T below[kBlock], buffer[kBlock];
       const S* x = static_cast<const S*>(job.x) + e;
@@ -86,6 +86,8 @@ struct Kernels {
         for_vectors<T>(0, n, [&](auto get, auto put) { put(exps, exp_value<T>(get(x))); });
       }
       GEO_UNROLL(4) for (int k = 0; k < n; ++k) sum[at[k]] += exps[k];
+      if (last)
+        GEO_UNROLL(4) for (int k = 0; k < n; ++k) last[at[k]] = widen(x[k]);
     });
   }
 
@@ -172,6 +174,15 @@ struct Kernels {
     return fits;
   }
 
+  static void merge_last(const void* sums, void* lasts, int64_t parts, int64_t entries, int64_t begin, int64_t end) {
+    const T* sum = static_cast<const T*>(sums);
+    T* last = static_cast<T*>(lasts);
+    const auto none = to_bits(kNoSum<T>);
+    for (int64_t k = 1; k < parts; ++k)
+      for (int64_t i = begin; i < end; i += vec<T>::lanes)
+        store(last + i, to_bits(load(sum + k * entries + i)) == none ? load(last + i) : load(last + k * entries + i));
+  }
+
   static void merge_maximum(void* maxima, int64_t parts, int64_t entries, int64_t begin, int64_t end) {
     T* max = static_cast<T*>(maxima);
     for (int64_t k = 1; k < parts; ++k)
@@ -188,11 +199,18 @@ struct Kernels {
     }
   }
 
-  static void logsumexp(const void* max_, const void* sum_, int64_t begin, int64_t end, void* out) {
-    const T *max = static_cast<const T*>(max_), *sum = static_cast<const T*>(sum_);
+  static void logsumexp(const void* max_, const void* sum_, const void* last_, int64_t begin, int64_t end, void* out) {
+    const T *max = static_cast<const T*>(max_), *sum = static_cast<const T*>(sum_), *last = static_cast<const T*>(last_);
     const auto none = to_bits(kNoSum<T>);
     for_vectors<T>(begin, end, [&](auto get, auto put) {
-      const V total = get(sum), value = logsumexp_value<T>(MaxSum<V>{max ? get(max) : V{}, total});
+      const V total = get(sum);
+      V value;
+      if (max) {
+        value = logsumexp_value<T>(MaxSum<V>{get(max), total});
+      } else {
+        value = log_value<T>(total);
+        if (last) value = exp_value<T>(get(last)) == total ? get(last) : value;
+      }
       put(static_cast<T*>(out), to_bits(total) == none ? V{} : value);
     });
   }
@@ -201,8 +219,8 @@ struct Kernels {
 template <class S>
 constexpr ScatterSoftmaxTable table() {
   using K = Kernels<S>;
-  return {K::maximum,        K::sum,   K::softmax,       K::grad_sum, K::softmax_grad,
-          K::logsumexp_grad, K::merge, K::merge_maximum, K::divisor,  K::logsumexp};
+  return {K::maximum, K::sum,        K::softmax,       K::grad_sum, K::softmax_grad, K::logsumexp_grad,
+          K::merge,   K::merge_last, K::merge_maximum, K::divisor,  K::logsumexp};
 }
 
 }  // namespace

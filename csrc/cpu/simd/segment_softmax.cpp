@@ -314,7 +314,10 @@ struct LogSumExp : Exponentials<S> {
   }
   template <class R>
   GEO_INLINE void close(const SegmentJob& job, int64_t i, const R& rows, V (&state)[2][R::kCount]) {
+    const S* x = static_cast<const S*>(job.x);
     T* out = static_cast<T*>(job.out) + i * job.width;
+    if (rows.end - rows.begin == 1)
+      return rows.each([&](auto place) { GEO_FOR_VECTORS(j) rows.put(out, j, place.get(x, j, V{})); });
     GEO_FOR_VECTORS(j) {
       const V value = logsumexp_value<T>(MaxSum<V>{state[0][j], state[1][j]});
       rows.put(out, j, job.ptr[i] < job.ptr[i + 1] ? value : V{});
@@ -581,6 +584,11 @@ struct Packed {
         if (!is_used(sums[c]) && c / job.width != last) f(from + (last = c / job.width));
     }
   }
+  template <class F>
+  GEO_METHOD void each_of_one_row(F&& f) const {
+    for (int64_t i = from; i < to; ++i)
+      if (job.ptr[i + 1] - job.ptr[i] == 1) f(i);
+  }
   // Each segment's value at all its entries.
   template <class R>
   GEO_METHOD void spread(const R* values, T* entries) const {
@@ -642,6 +650,9 @@ struct LogSumExpKernel : Kernel<S, LogSumExp<S>> {
       const int64_t count = (segments.to - segments.from) * job.width;
       T* out = static_cast<T*>(job.out) + segments.from * job.width;
       for_vectors<T>(0, count, [&](auto get, auto put) { put(out, log_value<T>(get(sums))); });
+      segments.each_of_one_row([&](int64_t i) {
+        for (int c = 0; c < job.width; ++c) out[(i - segments.from) * job.width + c] = widen(x[segments.entry(i) + c]);
+      });
       segments.each_unused(sums, [&](int64_t i) { Base::run(job, i, i + 1); });
     };
     P::each(job, first, last, pack, [&](int64_t i) { Base::run(job, i, i + 1); });
