@@ -48,7 +48,7 @@ class Signals(NamedTuple):
 
     def lmax(self, parity: int) -> int:
         """Highest degree of a signal, -1 where there is none."""
-        return max((block.l for block in self.blocks[parity]), default=-1)
+        return max([-1, *[block.l for block in self.blocks[parity]]])
 
     def degrees(self, parity: int) -> list[int]:
         """Degrees of a signal that are present."""
@@ -210,6 +210,28 @@ def bracket_coefficient(l1: int, l2: int, l3: int) -> float:
     if not _coupled(l1, l2, l3) or (l1 + l2 + l3) % 2 == 0:
         return 0.0
     return _bracket(l1, l2, l3)
+
+
+def path_variances(lmax1: int, lmax2: int, lmax3: int, bracket: bool) -> Tensor:
+    """Variance of a component of degree l3 made from independent unit components of l1 and l2: float64 [l1, l2, l3].
+
+    The same for all components of a degree, so those with m = 0 tell.
+    """
+    grid = SphereGrid(lmax1 + lmax2 + lmax3)
+    middle = [l * l + l for l in range(lmax3 + 1)]
+    third = grid.weights[:, None] * grid.to_matrix(lmax3)[:, middle]
+    if bracket:
+        (f_polar, f_azimuth), (h_polar, h_azimuth) = grid.gradient_matrices(lmax1), grid.gradient_matrices(lmax2)
+        terms = [(f_polar, h_azimuth), (-f_azimuth, h_polar)]
+    else:
+        terms = [(grid.to_matrix(lmax1), grid.to_matrix(lmax2))]
+    out = torch.zeros(lmax1 + 1, lmax2 + 1, lmax3 + 1, dtype=torch.float64)
+    for l1 in range(lmax1 + 1):
+        for i in range(l1 * l1, (l1 + 1) ** 2):
+            means = torch.stack([(f[:, i, None] * h).t() @ third for f, h in terms]).sum(0)
+            for l2 in range(lmax2 + 1):
+                out[l1, l2] += means[l2 * l2 : (l2 + 1) ** 2].square().sum(0)
+    return out
 
 
 def _coupled(l1: int, l2: int, l3: int) -> bool:
