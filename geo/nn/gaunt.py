@@ -232,6 +232,10 @@ class GauntTensorProduct(nn.Module):
     def _check_out(self, mul: int, reach: dict[int, set[int]]) -> None:
         if self.mode != "uvw" and self._out.mul != mul:
             raise ValueError(f"irreps_out has multiplicity {self._out.mul}, but mode {self.mode!r} makes {mul}")
+        if self.layout == "dense":
+            for name, signals in (("irreps_in1", self._in1), ("irreps_in2", self._in2)):
+                if any(signals.degrees(parity) != list(range(signals.lmax(parity) + 1)) for parity in (1, -1)):
+                    raise ValueError(f"layout 'dense' has rows for every degree up to the highest, {name} has not")
         for parity in (1, -1):
             for l in self._out.degrees(parity):
                 if l not in reach[parity]:
@@ -241,14 +245,9 @@ class GauntTensorProduct(nn.Module):
                         f"irreps_out asks for {l}{letter}, which no product of {self.irreps_in1} and "
                         f"{self.irreps_in2} reaches{hint}"
                     )
-            if self.layout == "dense":
-                for name, signals in (("irreps_in1", self._in1), ("irreps_in2", self._in2)):
-                    if signals.degrees(parity) != list(range(signals.lmax(parity) + 1)):
-                        raise ValueError(f"layout 'dense' has rows for every degree up to the highest, {name} has not")
-                if missing := {l for l in reach[parity] if l <= self._out.lmax(parity)} - set(
-                    self._out.degrees(parity)
-                ):
-                    raise ValueError(f"layout 'dense' has rows for every degree, but irreps_out leaves out {missing}")
+            missing = {l for l in reach[parity] if l <= self._out.lmax(parity)} - set(self._out.degrees(parity))
+            if self.layout == "dense" and missing:
+                raise ValueError(f"layout 'dense' has rows for every degree, but irreps_out leaves out {missing}")
 
     def _paths(self) -> list[tuple[_Term, int, int, int]]:
         def places(irreps: Irreps, parity: int) -> list[tuple[int, int]]:
@@ -272,15 +271,13 @@ class GauntTensorProduct(nn.Module):
         if self.normalize == "gaunt":
             return
         inputs = []
-        variance = {p: torch.zeros(self._out.lmax(p) + 1, dtype=torch.float64) for p in (1, -1)}
+        variance = {p: torch.zeros(self._out.lmax(p) + 1, dtype=torch.float64, device="cpu") for p in (1, -1)}
         for term in self._terms:
             lmax = self._lmax(term)
             factors = [_input_factors(top, term.bracket) for top in lmax[:2]]
-            for factor, degrees in zip(
-                factors, (self._in1.degrees(term.first), self._in2.degrees(term.second)), strict=True
-            ):
-                absent = sorted(set(range(len(factor))) - set(degrees))
-                factor[absent] = 0
+            present = self._in1.degrees(term.first), self._in2.degrees(term.second)
+            for factor, degrees in zip(factors, present, strict=True):
+                factor[sorted(set(range(len(factor))) - set(degrees))] = 0
             path = path_variances(*lmax, term.bracket)
             variance[term.out] += torch.einsum("i,j,ijk->k", factors[0].square(), factors[1].square(), path)
             inputs.append(factors)
@@ -373,7 +370,7 @@ class GauntTensorProduct(nn.Module):
 
 
 def _input_factors(lmax: int, bracket: bool) -> Tensor:
-    l = torch.arange(lmax + 1, dtype=torch.float64)
+    l = torch.arange(lmax + 1, dtype=torch.float64, device="cpu")
     return (l * (l + 1)).clamp_min(1).rsqrt() if bracket else torch.ones_like(l)
 
 

@@ -225,7 +225,7 @@ def path_variances(lmax1: int, lmax2: int, lmax3: int, bracket: bool) -> Tensor:
         terms = [(f_polar, h_azimuth), (-f_azimuth, h_polar)]
     else:
         terms = [(grid.to_matrix(lmax1), grid.to_matrix(lmax2))]
-    out = torch.zeros(lmax1 + 1, lmax2 + 1, lmax3 + 1, dtype=torch.float64)
+    out = torch.zeros(lmax1 + 1, lmax2 + 1, lmax3 + 1, dtype=torch.float64, device="cpu")
     for l1 in range(lmax1 + 1):
         for i in range(l1 * l1, (l1 + 1) ** 2):
             means = torch.stack([(f[:, i, None] * h).t() @ third for f, h in terms]).sum(0)

@@ -94,7 +94,7 @@ def test_exact_at_the_bound_and_wrong_one_node_below(degree):
 
 
 @pytest.mark.parametrize("octant", [False, True])
-@pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 3, 2), (2, 3, 5)])
+@pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 3, 2), (2, 3, 5), (6, 7, 11)])
 def test_product_on_the_grid(sizes, octant):
     """The product of functions is exact on the grid of its degree, and wrong with one node fewer either way."""
     lmax1, lmax2, lmax3 = sizes
