@@ -19,6 +19,7 @@ from geo.ops.gather_mul import (
     gather_mul_segment_sum,
     gather_mul_segment_sum_reference,
 )
+from geo.ops.gaunt import gaunt_product, gaunt_product_reference
 from geo.ops.gelu import gelu, gelu_reference
 from geo.ops.plan import SegmentPlan, csr_from_index, csr_from_index_reference
 from geo.ops.scatter import (
@@ -83,6 +84,8 @@ __all__ = [
     "gather_mul_reference",
     "gather_mul_segment_sum",
     "gather_mul_segment_sum_reference",
+    "gaunt_product",
+    "gaunt_product_reference",
     "gelu",
     "gelu_reference",
     "scatter",

@@ -68,7 +68,7 @@ def gaunt_product(
 
     Example:
         >>> import torch
-        >>> from geo.ops.gaunt import gaunt_product
+        >>> from geo.ops import gaunt_product
         >>> gaunt_product(torch.randn(5, 9, 8), torch.randn(5, 4, 8), lmax_out=2).shape
         torch.Size([5, 9, 8])
     """

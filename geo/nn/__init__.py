@@ -9,8 +9,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 from geo.nn.frame_conv import SE2Conv, SE3Conv
-from geo.nn.gaunt import GauntTensorProduct as GauntTensorProduct
-from geo.nn.gaunt import as_e3nn
+from geo.nn.gaunt import GauntTensorProduct, as_e3nn
 from geo.nn.kernel_basis import KernelBasis
 from geo.nn.orientation_grid import FrameGrid, OrientationGrid
 from geo.nn.ponita import PONITA
@@ -36,6 +35,7 @@ __all__ = [
     "PONITA",
     "ConvNeXtBlock",
     "FrameGrid",
+    "GauntTensorProduct",
     "KernelBasis",
     "MaxAggregation",
     "MeanAggregation",

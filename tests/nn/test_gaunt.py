@@ -7,7 +7,7 @@ import pytest
 import torch
 from e3nn import o3
 
-from geo.nn.gaunt import GauntTensorProduct, as_e3nn
+from geo.nn import GauntTensorProduct, as_e3nn
 from geo.o3 import SphereGrid, gaunt_coefficient, pack, unpack
 from geo.testing import assert_close, assert_state_dict_roundtrip, check_compile, check_derivatives, random_rotations
 
