@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from geo.nn.frame_conv import SE2Conv, SE3Conv
 from geo.nn.gaunt import GauntTensorProduct, as_e3nn
+from geo.nn.gaunt_power import GauntPower
 from geo.nn.kernel_basis import KernelBasis
 from geo.nn.orientation_grid import FrameGrid, OrientationGrid
 from geo.nn.ponita import PONITA
@@ -35,6 +36,7 @@ __all__ = [
     "PONITA",
     "ConvNeXtBlock",
     "FrameGrid",
+    "GauntPower",
     "GauntTensorProduct",
     "KernelBasis",
     "MaxAggregation",

@@ -174,7 +174,8 @@ class GauntTensorProduct(nn.Module):
             x: First input.
             y: Second input.
         """
-        first, second = self._split("x", x, self._in1), self._split("y", y, self._in2)
+        first = split_signals("x", x, self._in1, self.layout)
+        second = split_signals("y", y, self._in2, self.layout)
         sums: dict[int, Tensor] = {}
         for i, term in enumerate(self._terms):
             for out in self._products(i, first[term.first], second[term.second]):
@@ -322,21 +323,6 @@ class GauntTensorProduct(nn.Module):
         return found
 
     # -- the product ---------------------------------------------------------------------------------------------------
-    def _split(self, name: str, x: Tensor, signals: Signals) -> dict[int, Tensor]:
-        """The dense rows of the true and of the pseudo signal."""
-        if self.layout == "dense":
-            if x.dim() < 2 or x.shape[-2:] != (signals.rows(), signals.mul):
-                raise ValueError(
-                    f"{name} has shape {tuple(x.shape)}, but must be (..., {signals.rows()}, {signals.mul})"
-                )
-        else:
-            size = max(block.stop for blocks in signals.blocks.values() for block in blocks)
-            if x.dim() < 1 or x.size(-1) != size:
-                raise ValueError(f"{name} has shape {tuple(x.shape)}, but must be (..., {size})")
-            x = pack_signals(x, signals)
-        true = (signals.lmax(1) + 1) ** 2
-        return {1: x[..., :true, :], -1: x[..., true:, :]}
-
     def _products(self, i: int, x: Tensor, y: Tensor) -> list[Tensor]:
         """The products of one term, one a rank."""
         term, weights = self._terms[i], self._term_weights(i)
@@ -367,6 +353,20 @@ class GauntTensorProduct(nn.Module):
         """Channels repeated such that those of both inputs meet each other: channel u C2 + v."""
         x = x.unsqueeze(-1 if first else -2)
         return x.expand(*x.shape[:-2], self._in1.mul, self._in2.mul).flatten(-2)
+
+
+def split_signals(name: str, x: Tensor, signals: Signals, layout: str) -> dict[int, Tensor]:
+    """The dense rows of the true and of the pseudo signal."""
+    if layout == "dense":
+        if x.dim() < 2 or x.shape[-2:] != (signals.rows(), signals.mul):
+            raise ValueError(f"{name} has shape {tuple(x.shape)}, but must be (..., {signals.rows()}, {signals.mul})")
+    else:
+        size = max(block.stop for blocks in signals.blocks.values() for block in blocks)
+        if x.dim() < 1 or x.size(-1) != size:
+            raise ValueError(f"{name} has shape {tuple(x.shape)}, but must be (..., {size})")
+        x = pack_signals(x, signals)
+    true = (signals.lmax(1) + 1) ** 2
+    return {1: x[..., :true, :], -1: x[..., true:, :]}
 
 
 def _input_factors(lmax: int, bracket: bool) -> Tensor:
