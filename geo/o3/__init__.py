@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from geo.o3.gaunt import bracket_coefficient, gaunt_coefficient, pack, unpack
 from geo.o3.grids import orientation_points, quadrature_weights, random_rotations, rotation_frames
+from geo.o3.harmonics import solid_harmonics
 from geo.o3.invariants import (
     grid_invariants,
     num_grid_invariants,
@@ -28,6 +29,7 @@ __all__ = [
     "random_rotations",
     "rotation_frames",
     "safe_norm",
+    "solid_harmonics",
     "to_grid",
     "unpack",
 ]
