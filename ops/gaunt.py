@@ -273,7 +273,8 @@ def _kernel(
     dtype, lmax = x.dtype, (lmax_x, lmax_y, lmax_out)
     wide = torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
     product = {"grid": _by_grid, "sparse": _by_nonzeros, "separable": _by_angles}[method]
-    out = product(_scaled(x.to(wide), scale_x), _scaled(y.to(wide), scale_y), lmax, bracket)
+    with torch.autocast(x.device.type, enabled=False):  # a 16-bit grid would cost the symmetry
+        out = product(_scaled(x.to(wide), scale_x), _scaled(y.to(wide), scale_y), lmax, bracket)
     out = _scaled(out, scale_out)
     if channels == 1 and out.size(2) != 1:
         out = out.sum(2, keepdim=True)

@@ -1,6 +1,7 @@
 """Layers: equivariant and permutation-equivariant modules, one family a file.
 
-:mod:`geo.nn.aggr` is imported on first use: PyG, whose classes it extends, takes longer to import than all the rest.
+:mod:`geo.nn.aggr` and `GauntConv` are imported on first use: PyG, whose classes they extend, takes longer to import
+than all the rest.
 """
 
 from __future__ import annotations
@@ -31,11 +32,13 @@ if TYPE_CHECKING:
         SumAggregation,
         VarAggregation,
     )
+    from geo.nn.gaunt_conv import GauntConv
 
 __all__ = [
     "PONITA",
     "ConvNeXtBlock",
     "FrameGrid",
+    "GauntConv",
     "GauntPower",
     "GauntTensorProduct",
     "KernelBasis",
@@ -61,6 +64,8 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name == "aggr":
         return importlib.import_module("geo.nn.aggr")
+    if name == "GauntConv":
+        return importlib.import_module("geo.nn.gaunt_conv").GauntConv
     if name in __all__:
         return getattr(importlib.import_module("geo.nn.aggr"), name)
     raise AttributeError(f"module 'geo.nn' has no attribute {name!r}")

@@ -176,13 +176,23 @@ class GauntTensorProduct(nn.Module):
         """
         first = split_signals("x", x, self._in1, self.layout)
         second = split_signals("y", y, self._in2, self.layout)
+        dense = self.multiply(first, second)
+        return dense if self.layout == "dense" else unpack_signals(dense, self._out)
+
+    def multiply(self, first: dict[int, Tensor], second: dict[int, Tensor], weight: Tensor | None = None) -> Tensor:
+        """The product of dense signals, dense; `weight` [..., terms, L2+1, C] scales the degrees of the second."""
         sums: dict[int, Tensor] = {}
         for i, term in enumerate(self._terms):
-            for out in self._products(i, first[term.first], second[term.second]):
+            scale = None if weight is None else weight[..., i, :, :]
+            for out in self._products(i, first[term.first], second[term.second], scale):
                 sums[term.out] = sums[term.out] + out if term.out in sums else out
         rows = [sums[parity] for parity in (1, -1) if parity in sums]
-        dense = rows[0] if len(rows) == 1 else torch.cat(rows, -2)
-        return dense if self.layout == "dense" else unpack_signals(dense, self._out)
+        return rows[0] if len(rows) == 1 else torch.cat(rows, -2)
+
+    @property
+    def num_terms(self) -> int:
+        """Products and brackets of pairs of signals that are taken."""
+        return len(self._terms)
 
     @property
     def paths(self) -> list[tuple[int, int, int, bool]]:
@@ -323,11 +333,13 @@ class GauntTensorProduct(nn.Module):
         return found
 
     # -- the product ---------------------------------------------------------------------------------------------------
-    def _products(self, i: int, x: Tensor, y: Tensor) -> list[Tensor]:
+    def _products(self, i: int, x: Tensor, y: Tensor, scale: Tensor | None) -> list[Tensor]:
         """The products of one term, one a rank."""
         term, weights = self._terms[i], self._term_weights(i)
         lmax = self._lmax(term)[2]
         constants = [None if c is None else c.to(x.dtype) for c in self._constants(i)]
+        if scale is not None:
+            constants[1] = scale if constants[1] is None else scale * constants[1]
 
         def product(x: Tensor, y: Tensor, scales: list[Tensor | None]) -> Tensor:
             a, b, c = scales
@@ -335,7 +347,7 @@ class GauntTensorProduct(nn.Module):
 
         if self.mode == "uvw":
             a, b, c = weights
-            return [_mixed(product(_mixed(x, a), _mixed(y, b), constants), c)]
+            return [mixed(product(mixed(x, a), mixed(y, b), constants), c)]
         if self.mode == "full":
             x, y = self._outer(x, True), self._outer(y, False)
         if not weights:
@@ -374,7 +386,7 @@ def _input_factors(lmax: int, bracket: bool) -> Tensor:
     return (l * (l + 1)).clamp_min(1).rsqrt() if bracket else torch.ones_like(l)
 
 
-def _mixed(x: Tensor, weight: Tensor) -> Tensor:
+def mixed(x: Tensor, weight: Tensor) -> Tensor:
     """Channels of each degree times its matrix: [..., (L+1)^2, C] and [L+1, C, H] to [..., (L+1)^2, H]."""
     return torch.cat([x[..., l * l : (l + 1) ** 2, :] @ weight[l] for l in range(len(weight))], -2)
 

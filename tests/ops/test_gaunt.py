@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from geo.ops.gaunt import gaunt_product, gaunt_product_reference
+from geo.ops import gaunt_product, gaunt_product_reference
 from geo.testing import assert_close, check_compile, check_derivatives, check_op
 
 F64 = torch.float64
@@ -52,6 +52,19 @@ def test_methods_and_dtypes(device, dtype, bracket, method):
                 tensors(rows, sizes, device, dtype),
                 factor=10,  # sums of up to 60 terms of size 5
             )
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_autocast_changes_nothing(device, method):
+    x, y = tensors(5, (2, 1, 2, 3), device)
+    x.requires_grad_()
+    results = []
+    for enabled in (False, True):
+        with torch.autocast(device.type, torch.bfloat16, enabled=enabled):
+            out = gaunt_product(x, y, 2, method=method)
+            (grad,) = torch.autograd.grad(out.square().sum(), x)
+        results.append((out, grad))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 @pytest.mark.parametrize("bracket", [False, True])
