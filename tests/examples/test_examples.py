@@ -21,6 +21,7 @@ PLOTS = {
     "nbody": ["learning.png"],
     "point_clouds": ["digits.png", "learning.png"],
     "shapes": ["accuracy.png", "learning.png"],
+    "tetris": ["learning.png"],
 }
 
 
