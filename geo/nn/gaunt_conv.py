@@ -66,7 +66,8 @@ class GauntConv(MessagePassing):  # type: ignore[misc]
 
     Shapes:
         x :math:`(|V|, \text{dim})` or :math:`(|V|, D, C)`, pos :math:`(|V|, 3)`, edge_index :math:`(2, |E|)`, edge_attr
-        :math:`(|E|, F_e)`, edge_shift :math:`(|E|, 3)`; output :math:`(|V|, \text{dim}')` or :math:`(|V|, D', C')`.
+        :math:`(|E|, F_e)`, edge_shift :math:`(|E|, 3)`; output :math:`(|V|, \text{dim}')` or :math:`(|V|, D', C')`,
+        in the dtype of x; positions may have a finer one.
 
     Symmetry and derivatives:
         Equivariant to O(3), translations and node permutation; differentiable any number of times in x, pos and the
@@ -196,7 +197,8 @@ class GauntConv(MessagePassing):  # type: ignore[misc]
         if self.weight is not None:
             true = self._out.lmax(1) + 1
             parts = (out[:, : true**2], self.weight[:true]), (out[:, true**2 :], self.weight[true:])
-            out = torch.cat([mixed(part, w * w.size(1) ** -0.5) for part, w in parts if len(w)], -2)
+            out = torch.cat([mixed(part, w.to(part) * w.size(1) ** -0.5) for part, w in parts if len(w)], -2)
+        out = out.to(x.dtype)
         return out if self.layout == "dense" else unpack_signals(out, self._out)
 
     def message(self, sent: Tensor, harmonics: Tensor, weight: Tensor) -> Tensor:

@@ -211,15 +211,18 @@ def test_any_aggregation_module():
         assert_close(other(d.x, d.pos, pair), conv(d.x, d.pos, pair) * factor)
 
 
-def test_autocast_and_half_precision():
-    conv = GauntConv(TRUE, antisymmetric="bracket", radius=2.5)
+@pytest.mark.parametrize("mode", ["uvu", "uvw"])
+def test_autocast_and_half_precision(mode):
+    conv = GauntConv(TRUE, antisymmetric="bracket", radius=2.5, mode=mode)
     d = sample(6, dtype=torch.float32)
     exact = conv(d.x, d.pos, d.edge_index)
     with torch.autocast("cpu", torch.bfloat16):
         out = conv(d.x, d.pos, d.edge_index)
     assert (out - exact).abs().max() < 3e-2 * exact.abs().max()
-    out = conv(d.x.bfloat16(), d.pos, d.edge_index)
-    assert (out - exact).abs().max() < 3e-2 * exact.abs().max()
+    for half in (conv, conv.bfloat16()):
+        out = half(d.x.bfloat16(), d.pos, d.edge_index)
+        assert out.dtype == torch.bfloat16
+        assert (out - exact).abs().max() < 3e-2 * exact.abs().max()
 
 
 @pytest.mark.parametrize("mode", ["uvu", "uvw"])
