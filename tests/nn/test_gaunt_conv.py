@@ -225,11 +225,32 @@ def test_autocast_and_half_precision(mode):
         assert (out - exact).abs().max() < 3e-2 * exact.abs().max()
 
 
+COMPILED = [
+    {"backend": "aot_eager"},
+    {"backend": "aot_eager", "dynamic": True},
+    pytest.param({"backend": "inductor"}, marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize("how", COMPILED, ids=str)
 @pytest.mark.parametrize("mode", ["uvu", "uvw"])
-def test_compile(mode):
+def test_compile(mode, how):
     conv = GauntConv("2x0e+2x1o", mode=mode, radius=2.5, antisymmetric="bracket")
     d = sample(4, irreps="2x0e+2x1o", dtype=torch.float32)
-    check_compile(lambda x, pos, shift: conv(x, pos, d.edge_index, None, shift), (d.x, d.pos, d.edge_shift))
+    check_compile(lambda x, pos, shift: conv(x, pos, d.edge_index, None, shift), (d.x, d.pos, d.edge_shift), **how)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_float32_on_every_device(device, case):
+    irreps, options = CASES[case]
+    conv, d = build(irreps, **options), sample(6, irreps=irreps)
+    exact = run(conv, d)
+    out = run(
+        conv.float().to(device),
+        sample(6, irreps=irreps).apply(lambda t: (t.float() if t.is_floating_point() else t).to(device)),
+    )
+    assert out.device.type == device.type
+    assert_close(out, exact)
 
 
 @pytest.mark.parametrize("mode", ["uvu", "uvw"])

@@ -202,10 +202,28 @@ def test_autocast_multiplies_in_float32():
     assert torch.equal(out, power(x))
 
 
-def test_compile():
+COMPILED = [
+    {"backend": "aot_eager"},
+    {"backend": "aot_eager", "dynamic": True},
+    pytest.param({"backend": "inductor"}, marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize("how", COMPILED, ids=str)
+def test_compile(how):
     power = GauntPower("2x0e+2x1o", "2x0e+2x1o", 3, num_elements=2)
-    check_compile(power, (features("2x0e+2x1o", 4, torch.float32), torch.tensor([0, 1, 1, 0])))
-    check_compile(power, (features("2x0e+2x1o", 4, torch.float32), torch.rand(4, 2)))
+    x = features("2x0e+2x1o", 4, torch.float32)
+    check_compile(power, (x, torch.tensor([0, 1, 1, 0])), **how)
+    check_compile(power, (x, torch.rand(4, 2)), **how)
+
+
+@pytest.mark.parametrize("irreps", [natural(3, 2), BOTH])
+def test_float32_on_every_device(device, irreps):
+    power, x, index = build(irreps, "2x0e+2x1o", 3, num_elements=2), features(irreps), torch.tensor([0, 1, 1, 0, 1])
+    exact = power(x, index)
+    out = power.float().to(device)(x.float().to(device), index.to(device))
+    assert out.device.type == device.type
+    assert_close(out, exact)
 
 
 def test_state_dict_and_repr():
