@@ -179,7 +179,10 @@ void second(const OthersJob& job, int64_t begin, int64_t end, void* products_) {
 
 template <class S>
 constexpr OthersTable table_of() {
-  return {kTile * vec<Acc<S>>::lanes, run<S>, piece<S>, first<S>, second<S>};
+  if constexpr (sizeof(S) < sizeof(Acc<S>))  // products are kept in the rows of the result
+    return {kTile * vec<Acc<S>>::lanes, run<S>, piece<S>, nullptr, nullptr};
+  else
+    return {kTile * vec<Acc<S>>::lanes, run<S>, piece<S>, first<S>, second<S>};
 }
 
 }  // namespace
