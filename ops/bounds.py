@@ -107,7 +107,7 @@ def call(name: str, op: Any, args: Sequence[Any], checks: Sequence[tuple[str, Te
             raise IndexError(f"{name}: {found[0]}") from None
         raise
     first = next(arg for arg in args if isinstance(arg, Tensor))
-    if first.is_cuda and reads_values(first):
+    if checks and first.is_cuda and reads_values(first):
         _read_flag(name, first, checks)
     return out
 

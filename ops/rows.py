@@ -77,7 +77,7 @@ class Rows(NamedTuple):
             return self.order
         assert self.segments is not None
         args = (self.segments, self.copies * self.size)
-        ptr, perm = _call(self.op, torch.ops.geo.csr_from_index, args, (("dst_index", self.segments, args[1] - 1),))
+        ptr, perm = call_by_index(self.op, torch.ops.geo.csr_from_index, args, *args)
         return Order(ptr, None if _in_order(self.segments, perm) else perm, self.segments)
 
     def counts(self) -> Tensor:
@@ -95,14 +95,17 @@ class Rows(NamedTuple):
                 bounds.check_index(self.op, "index", self.segments, size)
             return values.new_zeros(size, *values.shape[1:]).index_add(0, self.segments, values)
         args = (values, self.segments, size, mean)
-        out: Tensor = _call(self.op, torch.ops.geo.scatter_sum, args, (("dst_index", self.segments, size - 1),))
+        out: Tensor = call_by_index(self.op, torch.ops.geo.scatter_sum, args, self.segments, size)
         return out
 
     def extreme(self, values: Tensor, largest: bool) -> tuple[Tensor, Tensor]:
         """Largest (smallest) of each segment and its row, [V * N, *S] both; see :func:`segment.extreme`."""
         if self.order is None and values.is_floating_point():
-            args = (values, self.segments, self.copies * self.size, largest)
-            out: tuple[Tensor, Tensor] = bounds.call(self.op, torch.ops.geo.scatter_extreme, args, ())
+            size = self.copies * self.size
+            args = (values, self.segments, size, largest)
+            out: tuple[Tensor, Tensor] = call_by_index(
+                self.op, torch.ops.geo.scatter_extreme, args, self.segments, size
+            )
             return out
         return segment.extreme(values, self.sorted(), largest, self.op)
 
@@ -116,15 +119,15 @@ class Rows(NamedTuple):
         """Each segment's row of ``values`` [V * N, *S] at all its rows, [V * E, *S]."""
         if self.order is not None:
             return segment.spread(values, self.order, self.copies * self.num_rows, self.op)
-        checks = (("dst_index", self.segments, values.size(0) - 1),)
-        out: Tensor = _call(self.op, torch.ops.geo.gather_index, (values, self.segments), checks)
+        args = (values, self.segments)
+        out: Tensor = call_by_index(self.op, torch.ops.geo.gather_index, args, self.segments, values.size(0))
         return out
 
 
-def _call(name: str, op: Any, args: Sequence[Any], checks: Sequence[tuple[str, Tensor | None, int]]) -> Any:
-    """:func:`bounds.call`; what kernels call dst_index is the caller's ``index``."""
+def call_by_index(name: str, op: Any, args: Sequence[Any], index: Tensor | None, size: int) -> Any:
+    """:func:`bounds.call` of an op whose ``index`` must lie in [0, size); kernels may call it dst_index."""
     try:
-        return bounds.call(name, op, args, checks)
+        return bounds.call(name, op, args, (("dst_index", index, size - 1),))
     except IndexError as err:
         raise IndexError(str(err).replace(" dst_index[", " index[")) from None
 

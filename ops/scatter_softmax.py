@@ -10,7 +10,7 @@ from torch import Tensor
 from geo.ops import bounds, segment
 from geo.ops.gather_mul import widen
 from geo.ops.plan import SegmentPlan
-from geo.ops.rows import Rows
+from geo.ops.rows import Rows, call_by_index
 from geo.ops.scatter import check_out, refuse_bool, rows_by_index
 
 _NARROW = 1  # columns: as takes_rows_in_order in csrc/cpu/scatter_softmax.cpp
@@ -108,7 +108,8 @@ def scatter_logsumexp(
     check_out(rows, out, rows.size, src.dtype)
     values = rows.flat(src)
     if (segments := _taken_in_order(rows, values, eps)) is not None:
-        total = bounds.call(op, torch.ops.geo.scatter_logsumexp, (values, segments, rows.copies * rows.size))
+        size = rows.copies * rows.size
+        total = call_by_index(op, torch.ops.geo.scatter_logsumexp, (values, segments, size), segments, size)
     else:
         order = rows.sorted()
         total = bounds.call(op, torch.ops.geo.segment_logsumexp, (values, *order), order.checks(values.size(0)))
@@ -187,8 +188,9 @@ def _normalised(
     _check_floating(op, src)
     values = rows.flat(src)
     if (segments := _taken_in_order(rows, values, eps)) is not None:
-        args = (values, segments, rows.copies * rows.size, log)
-        return rows.back(bounds.call(op, torch.ops.geo.scatter_softmax, args), rows.num_rows)
+        size = rows.copies * rows.size
+        out = call_by_index(op, torch.ops.geo.scatter_softmax, (values, segments, size, log), segments, size)
+        return rows.back(out, rows.num_rows)
     order = rows.sorted()
     out = bounds.call(op, torch.ops.geo.segment_softmax, (values, *order, log), order.checks(values.size(0)))
     if eps > _NO_EPS:
