@@ -135,6 +135,15 @@ void parallel_segments(const int64_t* ptr, int64_t num_segments, int64_t block, 
   });
 }
 
+// Rows that are not sorted by segment are cut into this many parts, each with an output of `size` segments of its own: so
+// many, from the sizes alone, that filling and combining those costs little beside reading the rows.
+constexpr int64_t kMaxParts = 16;
+inline int64_t num_parts(int64_t num_rows, int64_t size) {
+  int64_t parts = 1;
+  while (parts < kMaxParts && parts * (size + 4096) * 16 <= num_rows) parts *= 2;
+  return parts;
+}
+
 // Units of work (rows of `row_bytes`) handed out at a time: about a quarter megabyte.
 inline int64_t block_of(int64_t row_bytes) {
   return std::clamp<int64_t>((int64_t(1) << 18) / std::max<int64_t>(1, row_bytes), 16, 1 << 15);

@@ -29,7 +29,7 @@ struct Scatter {
   Tensor index;
   const ScatterSoftmaxTable& leaf = table(S{});
   ScatterJob job{};
-  int64_t entries, parts = 1;  // of a table, made full vectors
+  int64_t entries, parts;  // of a table, made full vectors
   std::unique_ptr<T[]> max, sum, last;  // no maxima: the sums were fine without
 
   Scatter(const char* op_, const char* name_, const Tensor& src, const Tensor& index_, int64_t size)
@@ -42,7 +42,7 @@ struct Scatter {
     job.width = 1;
     for (int64_t d = 1; d < src.dim(); ++d) job.width *= src.size(d);
     entries = (size * job.width + 15) / 16 * 16;
-    while (parts < 16 && parts * (size + 4096) * 8 <= job.num_rows) parts *= 2;
+    parts = num_parts(job.num_rows, size);
   }
 
   // pass(begin, end, table, entries before it) for each part, each with a table filled with `fill`.

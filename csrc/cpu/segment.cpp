@@ -140,13 +140,6 @@ bool ranks_in_place(int64_t width, int64_t num_rows) {
   return sizeof(S) < 8 && width > 0 && width <= 4 && num_rows <= UINT32_MAX;
 }
 
-// The rows are then cut into parts, each with an output of its own; how many depends on the sizes alone.
-int64_t num_parts(int64_t num_rows, int64_t size) {
-  int64_t parts = 1;
-  while (parts < 16 && parts * (size + 4096) * 16 <= num_rows) parts *= 2;
-  return parts;
-}
-
 // The parts' sums (products), combined in order. Counts come from ptr, or, where that is null and a mean is wanted, are taken alongside.
 template <class S>
 void take_rows(const char* op, const char* index_name, const ScatterArgs& a, Combine combine, const int64_t* ptr, bool mean,

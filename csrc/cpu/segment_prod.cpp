@@ -67,11 +67,8 @@ Found run(const OthersJob& job) {
 // numbers. It is cut into parts, whose number depends on the sizes alone, each with products of its own.
 template <class T>
 Found run_in_place(const OthersJob& job) {
-  constexpr int64_t kMaxParts = 16;
   const OthersTable& leaf = others_table(T{});
-  const int64_t num = job.num_segments;
-  int64_t parts = 1;
-  while (parts < kMaxParts && parts * (num + 4096) * 8 <= job.num_rows) parts *= 2;
+  const int64_t num = job.num_segments, parts = num_parts(job.num_rows, num);
   const std::unique_ptr<T[]> before(new T[parts * num]), after(new T[parts * num]);
   Faults faults;
   auto each_part = [&](auto&& f) {

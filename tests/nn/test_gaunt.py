@@ -8,19 +8,11 @@ import torch
 from e3nn import o3
 
 from geo.nn import GauntTensorProduct, as_e3nn
-from geo.o3 import SphereGrid, gaunt_coefficient, pack, unpack
+from geo.o3 import gaunt_coefficient, pack, unpack
 from geo.testing import assert_close, assert_state_dict_roundtrip, check_compile, check_derivatives, random_rotations
 
 F64 = torch.float64
 BOTH1, BOTH2 = "2x0e+2x1o+2x1e+2x2e", "2x1o+2x0e+2x2o"
-
-
-@pytest.fixture
-def double():
-    """e3nn builds its modules and rotations in the default dtype."""
-    torch.set_default_dtype(F64)
-    yield
-    torch.set_default_dtype(torch.float32)
 
 
 def natural(lmax: int, mul: int = 1) -> str:
@@ -103,23 +95,10 @@ def test_is_the_pointwise_product_and_the_bracket(double):
         assert_close(values(out[n, 36:], u), bracket)
 
 
-def representation(irreps: o3.Irreps, g: torch.Tensor) -> torch.Tensor:
-    """By quadrature of Y(R u) = D(R) Y(u): e3nn goes through angles, which costs six digits."""
-    turn, flip = g * torch.linalg.det(g), torch.linalg.det(g).round()
-    blocks = []
-    for mul, ir in irreps:
-        grid = SphereGrid(2 * ir.l)
-        here = o3.spherical_harmonics(ir.l, grid.points, True, "component")
-        there = o3.spherical_harmonics(ir.l, grid.points @ turn.t(), True, "component")
-        d = (there.t() * grid.weights) @ here
-        blocks += [d if flip > 0 else ir.p * d] * mul
-    return torch.block_diag(*blocks)
-
-
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize(("dtype", "bound"), [(F64, 1e-11), (torch.float32, 1e-5)], ids=["float64", "float32"])
 @torch.no_grad()
-def test_equivariant_to_rotations_and_inversion(case, dtype, bound):
+def test_equivariant_to_rotations_and_inversion(case, dtype, bound, representation):
     one, two, options = CASES[case]
     tp = build(one, two, **options).to(dtype)
     x, y = features(one), features(two)

@@ -10,12 +10,7 @@ import torch
 from geo.o3 import orientation_points, quadrature_weights, random_rotations, rotation_frames
 from geo.o3.grids import STORED_SIZES, repulsion_points
 
-
-@pytest.fixture(autouse=True)
-def double():
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("double")
 
 
 @pytest.mark.parametrize("num", STORED_SIZES)

@@ -118,14 +118,6 @@ def test_product_on_the_grid(sizes, octant):
     assert (product(fewer_azimuth) - expected).abs().max() > 1e-2
 
 
-@pytest.fixture
-def double():
-    """e3nn builds its transforms in the default dtype."""
-    torch.set_default_dtype(F64)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
 def test_e3nn_grid_agrees(double):
     """e3nn's own transforms, equiangular with twice the polar angles, in their 'integral' normalisation."""
     lmax = 2
