@@ -16,7 +16,6 @@ By default the data are made on the spot: molecular dynamics of ethanol with GFN
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from typing import Any
 
@@ -26,11 +25,19 @@ from torch import Tensor, nn
 from torch_geometric.loader import DataLoader
 from torch_geometric.nn import SchNet
 
-from geo.atoms import GeoCalculator, one_hot
-from geo.datasets import ForceField, XTBTrajectory, energy_shift
+from geo.atoms import GeoCalculator
 from geo.nn import PONITA
-from geo.training import EnergyForces, curve_plot, fit, parity_plot, read_log, report, start, training_flags
-from geo.transforms import AddRadiusGraph
+from geo.training import (
+    EnergyForces,
+    MoleculeFrames,
+    curve_plot,
+    fit,
+    frame_flags,
+    read_log,
+    report,
+    start,
+    training_flags,
+)
 
 MODELS = {"mean": "mean predictor", "schnet": "SchNet (PyG)", "r3": "PONITA, no orientations", "ponita": "PONITA"}
 
@@ -46,54 +53,16 @@ PAPER = {
 }
 
 
-# --- data -------------------------------------------------------------------------------------------------------------
-
-
-def load(args: argparse.Namespace) -> tuple[list[Any], list[Any], list[Any]]:
-    """Training, validation and test frames with their graphs."""
-    kind, _, name = args.data.partition(":")
-    parts = {}
-    if kind == "xtb":
-        # Three trajectories of their own: no test frame is a neighbour in time of a training frame.
-        frames = {"train": 24, "val": 4, "test": 8} if args.smoke else {"train": 700, "val": 50, "test": 300}
-        quick = {"warmup": 5.0} if args.smoke else {}
-        for split, count in frames.items():
-            settings = {"split": split, "num_frames": count, "progress": sys.stderr.isatty(), **quick}
-            parts[split] = list(XTBTrajectory(args.root, name or "ethanol", **settings))
-    else:
-        # Published data have no validation frames: the last twentieth of the training frames serves.
-        published = kind in ("rmd17", "3bpa", "acac")
-        for split in ("train", "test") if published else ("train", "val", "test"):
-            try:
-                parts[split] = list(ForceField(args.root, args.data, split=split))
-            except (ValueError, OSError) as error:
-                raise SystemExit(f"--data {args.data} --root {args.root}: {error}") from None
-        if published:
-            num_val = max(1, len(parts["train"]) // 20)
-            parts["train"], parts["val"] = parts["train"][:-num_val], parts["train"][-num_val:]
-    train, val, test = parts["train"][: args.train], parts["val"], parts["test"][: args.test]
-    species = sorted({int(z) for frame in train for z in frame.z.unique()})
-    graph = AddRadiusGraph(args.cutoff)
-
-    def prepare(frame: Any) -> Any:
-        frame = graph(frame)
-        frame.x = one_hot(frame.z, species)
-        return frame
-
-    args.species = species
-    return [prepare(f) for f in train], [prepare(f) for f in val], [prepare(f) for f in test]
-
-
 # --- models: each maps a batch to (energy [G], forces [V, 3]) ---------------------------------------------------------
 
 
 class Potential(nn.Module):
     """PONITA, with or without orientations."""
 
-    def __init__(self, args: argparse.Namespace, num_ori: int) -> None:
+    def __init__(self, args: argparse.Namespace, num_elements: int, num_ori: int) -> None:
         super().__init__()
         self.ponita = PONITA(
-            in_channels=len(args.species),
+            in_channels=num_elements,
             hidden_channels=args.hidden,
             out_channels=1,
             num_layers=args.layers,
@@ -151,13 +120,6 @@ class Mean(nn.Module):
 # --- the run ----------------------------------------------------------------------------------------------------------
 
 
-def predict(module: EnergyForces, loader: DataLoader) -> tuple[np.ndarray, np.ndarray]:
-    """Energies (eV) and force components (eV/A) of all frames of a loader."""
-    pairs = [module(batch.to(module.device)) for batch in loader]
-    energy, force = (torch.cat([pair[i] for pair in pairs]).cpu().numpy() for i in (0, 1))
-    return energy, force
-
-
 def dynamics(calculator: GeoCalculator, frame: Any, args: argparse.Namespace) -> dict[str, float]:
     """NVE molecular dynamics from a test frame at 300 K; writes the trajectory and the plot of the energy."""
     from ase import Atoms, units
@@ -208,23 +170,13 @@ def dynamics(calculator: GeoCalculator, frame: Any, args: argparse.Namespace) ->
 
 def main(argv: list[str] | None = None) -> list[list[object]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--data",
-        default="xtb:ethanol",
-        help="xtb:NAME, rmd17:NAME, 3bpa, acac, water, or a file: .xyz, .npz, DeePMD folder (default: %(default)s)",
-    )
     parser.add_argument("--models", default="mean,schnet,ponita", help=f"of {', '.join(MODELS)} (default: %(default)s)")
-    parser.add_argument("--train", type=int, default=None, help="use only so many training frames")
-    parser.add_argument("--test", type=int, default=None, help="use only so many test frames")
-    parser.add_argument("--cutoff", type=float, default=5.0, help="radius of the graph in A (default: %(default)s)")
     parser.add_argument("--hidden", type=int, default=64, help="channels (default: %(default)s)")
     parser.add_argument("--layers", type=int, default=3, help="convolutions (default: %(default)s)")
     parser.add_argument("--basis", type=int, default=32, help="width of the kernel basis (default: %(default)s)")
     parser.add_argument("--num-ori", type=int, default=12, help="directions on the sphere (default: %(default)s)")
-    parser.add_argument(
-        "--energy-weight", type=float, default=0.02, help="weight of the energy error (default: %(default)s)"
-    )
     parser.add_argument("--md-time", type=float, default=1000.0, help="molecular dynamics in fs (default: %(default)s)")
+    frame_flags(parser)
     training_flags(parser, out="runs/molecules", batch_size=5, lr=5e-3, budget="45 seconds a model")
     args = parser.parse_args(argv)
     names = [name.strip() for name in args.models.split(",") if name.strip()]
@@ -232,22 +184,12 @@ def main(argv: list[str] | None = None) -> list[list[object]]:
         parser.error(f"--models must be of {', '.join(MODELS)}; got {', '.join(unknown)}")
     start(args)
 
-    train, val, test = load(args)
-    force = torch.cat([frame.force for frame in train])
-    scale = float(force.pow(2).mean().sqrt())
-    shift = energy_shift(train)
-    print(
-        f"{args.data}: {len(train)} training, {len(val)} validation, {len(test)} test frames of {len(train[0].z)} atoms"
-    )
-    loaders = [
-        DataLoader(frames, batch_size=size, shuffle=shuffle)
-        for frames, size, shuffle in ((train, args.batch_size, True), (val, 50, False), (test, 50, False))
-    ]
-    truth_energy = np.array([float(frame.energy) for frame in test])
-    truth_force = torch.cat([frame.force for frame in test]).numpy()
+    frames = MoleculeFrames(args)
+    train, val = frames.loaders()
+    print(frames)
 
     rows: list[list[object]] = []
-    energies, forces, curves = {}, {}, {}
+    curves = {}
     trained: EnergyForces | None = None
     for name in names:
         torch.manual_seed(args.seed)
@@ -257,30 +199,28 @@ def main(argv: list[str] | None = None) -> list[list[object]]:
         elif name == "schnet":
             model = SchNetPotential(args)
         else:
-            model = Potential(args, args.num_ori if name == "ponita" else 0)
+            model = Potential(args, len(frames.species), args.num_ori if name == "ponita" else 0)
             # Starts bases and kernels at the scale of the data: it learns much faster.
-            model.ponita.calibrate(next(iter(DataLoader(train, batch_size=100))))
+            model.ponita.calibrate(next(iter(DataLoader(frames.train, batch_size=100))))
         lr = args.lr / 5 if name == "schnet" else args.lr
-        module = EnergyForces(model, shift, scale, args.energy_weight, lr=lr, ema=None if name == "mean" else 0.99)
+        ema = None if name == "mean" else 0.99
+        module = EnergyForces(model, frames.shift, frames.scale, args.energy_weight, lr=lr, ema=ema)
         seconds, epochs = 0.0, 0
         if name != "mean":
             print(f"\n{MODELS[name]}: {sum(p.numel() for p in model.parameters()):,} parameters")
             began = time.perf_counter()
-            trainer = fit(module, loaders[0], loaders[1], args, name, max_seconds=45.0)
+            trainer = fit(module, train, val, args, name, max_seconds=45.0)
             seconds, epochs = time.perf_counter() - began, trainer.current_epoch
             curves[MODELS[name]] = read_log(args.out / name, "val_force_mae")
-        energies[MODELS[name]], forces[MODELS[name]] = predict(module.eval(), loaders[2])
-        energy_mae = 1000 * float(abs(energies[MODELS[name]] - truth_energy).mean())
-        force_mae = 1000 * float(abs(forces[MODELS[name]] - truth_force).mean())
         size = sum(p.numel() for p in model.parameters())
-        rows.append([MODELS[name], energy_mae, force_mae, size, epochs, round(seconds)])
+        rows.append([MODELS[name], *frames.errors(MODELS[name], module), size, epochs, round(seconds)])
         if name == "ponita":
             trained = module
 
     setting = (
-        f"{len(train)} training frames, {len(test)} test frames; {args.layers} layers of {args.hidden}, {args.num_ori} "
-        f"directions, batch {args.batch_size}, peak lr {args.lr:g} (SchNet a fifth of it), seed {args.seed}, "
-        f"{torch.get_num_threads()} threads."
+        f"{len(frames.train)} training frames, {len(frames.test)} test frames; {args.layers} layers of {args.hidden}, "
+        f"{args.num_ori} directions, batch {args.batch_size}, peak lr {args.lr:g} (SchNet a fifth of it), "
+        f"seed {args.seed}, {torch.get_num_threads()} threads."
     )
     notes = [setting]
     kind, _, molecule = args.data.partition(":")
@@ -288,25 +228,15 @@ def main(argv: list[str] | None = None) -> list[list[object]]:
         if kind == "rmd17" and name in PAPER.get(molecule, {}):
             energy, strength = PAPER[molecule][name]
             notes.append(f"{MODELS[name]} in the paper: {energy} meV, {strength} meV/A (5 layers of 128, 5000 epochs).")
-    parity_plot(
-        args.out / "parity.png",
-        {
-            "energy (eV, mean taken off)": (
-                truth_energy - truth_energy.mean(),
-                {name: value - truth_energy.mean() for name, value in energies.items()},
-            ),
-            "force component (eV/A)": (truth_force, forces),
-        },
-        f"{args.data}: {len(test)} test frames",
-    )
+    frames.parity_plot(args.out / "parity.png")
     curve_plot(args.out / "learning.png", curves, "epoch", "force MAE on validation frames (meV/A)", args.data)
     notes.append(f"Plots: {args.out}/parity.png, {args.out}/learning.png")
     if trained is not None:
-        elements = {z: float(shift[z]) for z in args.species}
+        elements = {z: float(frames.shift[z]) for z in frames.species}
         ponita = trained.predictor.ponita
-        GeoCalculator(ponita, args.species, args.cutoff, elements, scale).save(args.out / "potential")
+        GeoCalculator(ponita, frames.species, args.cutoff, elements, frames.scale).save(args.out / "potential")
         calculator = GeoCalculator.from_file(args.out / "potential")
-        md = dynamics(calculator, test[0], args)
+        md = dynamics(calculator, frames.test[0], args)
         notes.append(
             f"NVE dynamics with the saved potential: {md['steps']} steps of 0.5 fs in {md['seconds']:.0f} s; the "
             f"energy drifts {md['drift']:+.2g} meV per atom and ps, at most {md['largest']:.2g} away "

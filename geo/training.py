@@ -3,6 +3,7 @@
 An example is one flat script. What every script would otherwise repeat stands here once:
 
 * ``training_flags`` adds the flags (``--epochs``, ``--max-time``, ``--resume``, ``--smoke``, ...) to a parser;
+* ``frame_flags`` and ``MoleculeFrames`` are the data of a potential: which frames, in batches, and the test errors;
 * ``EnergyForces`` and ``Supervised`` are the two Lightning modules: a potential, and anything with one loss;
 * ``fit`` builds the trainer (progress bar, CSV log, checkpoints, gradient clipping, time budget) and trains;
 * ``format_table``, ``report``, ``parity_plot`` and ``curve_plot`` print and save what a run found.
@@ -33,6 +34,10 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch_geometric.loader import DataLoader
+
+from geo.datasets import ForceField, XTBTrajectory, energy_shift
+from geo.transforms import AddRadiusGraph
 
 try:
     import lightning
@@ -43,10 +48,12 @@ except ImportError as error:
 
 __all__ = [
     "EnergyForces",
+    "MoleculeFrames",
     "Supervised",
     "curve_plot",
     "fit",
     "format_table",
+    "frame_flags",
     "parity_plot",
     "parse_time",
     "read_log",
@@ -176,6 +183,136 @@ def _quiet_lightning() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
+# --- molecules: frames with energies and forces -----------------------------------------------------------------------
+
+
+def frame_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that choose the frames a potential learns from; ``training_flags`` has the rest.
+
+    Args:
+        parser: The example's parser.
+    """
+    parser.add_argument(
+        "--data",
+        default="xtb:ethanol",
+        help="xtb:NAME, rmd17:NAME, 3bpa, acac, water, or a file: .xyz, .npz, DeePMD folder (default: %(default)s)",
+    )
+    parser.add_argument("--train", type=int, default=None, help="use only so many training frames")
+    parser.add_argument("--test", type=int, default=None, help="use only so many test frames")
+    parser.add_argument("--cutoff", type=float, default=5.0, help="radius of the graph in A (default: %(default)s)")
+    parser.add_argument(
+        "--energy-weight", type=float, default=0.02, help="weight of the energy error (default: %(default)s)"
+    )
+
+
+class MoleculeFrames:
+    """Frames of molecules with graphs, energies and forces: to train a potential on, and to compare potentials by.
+
+    Args:
+        args: Parsed flags of ``frame_flags`` and ``training_flags``.
+
+    Attributes:
+        train: Training frames; each has its graph and the one-hot elements as ``x``.
+        val: Validation frames.
+        test: Test frames.
+        species: Atomic numbers that occur in the training frames, in the order of the one-hot elements.
+        scale: Root mean square of the training forces, in eV/Å.
+        shift: Energy of each element in eV, fitted to the training energies.
+        energies: By model, the energies of the test frames in eV, once ``errors`` was asked for it.
+        forces: By model, the force components in eV/Å.
+    """
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        from geo.atoms import one_hot  # needs ASE, which the other examples do not
+
+        self.name, self.batch_size = args.data, args.batch_size
+        parts = _splits(args)
+        self.species = sorted({int(z) for frame in parts["train"][: args.train] for z in frame.z.unique()})
+        graph = AddRadiusGraph(args.cutoff)
+
+        def prepare(frame: Any) -> Any:
+            frame = graph(frame)
+            frame.x = one_hot(frame.z, self.species)
+            return frame
+
+        self.train = [prepare(frame) for frame in parts["train"][: args.train]]
+        self.val = [prepare(frame) for frame in parts["val"]]
+        self.test = [prepare(frame) for frame in parts["test"][: args.test]]
+        self.scale = float(torch.cat([frame.force for frame in self.train]).pow(2).mean().sqrt())
+        self.shift = energy_shift(self.train)
+        self.energies: dict[str, np.ndarray] = {}
+        self.forces: dict[str, np.ndarray] = {}
+
+    def __repr__(self) -> str:
+        sizes = f"{len(self.train)} training, {len(self.val)} validation, {len(self.test)} test frames"
+        return f"{self.name}: {sizes} of {len(self.train[0].z)} atoms"
+
+    def loaders(self) -> tuple[DataLoader, DataLoader]:
+        """Loaders of the training batches and of the validation frames."""
+        return DataLoader(self.train, batch_size=self.batch_size, shuffle=True), DataLoader(self.val, batch_size=50)
+
+    def errors(self, name: str, module: EnergyForces) -> tuple[float, float]:
+        """Mean absolute errors on the test frames, of the energy in meV and of the force components in meV/Å.
+
+        Args:
+            name: Of the model; its predictions are kept under it.
+            module: The trained model.
+        """
+        module.eval()
+        pairs = [module(batch.to(module.device)) for batch in DataLoader(self.test, batch_size=50)]
+        self.energies[name], self.forces[name] = (torch.cat([pair[i] for pair in pairs]).cpu().numpy() for i in (0, 1))
+        energy, force = self._truth()
+        return (
+            EV_TO_MEV * float(abs(self.energies[name] - energy).mean()),
+            EV_TO_MEV * float(abs(self.forces[name] - force).mean()),
+        )
+
+    def parity_plot(self, path: str | os.PathLike[str]) -> Path:
+        """Predicted against reference energies and forces of the test frames, of every model asked for its errors.
+
+        Args:
+            path: PNG to write.
+        """
+        energy, force = self._truth()
+        energies = {name: value - energy.mean() for name, value in self.energies.items()}
+        panels = {
+            "energy (eV, mean taken off)": (energy - energy.mean(), energies),
+            "force component (eV/A)": (force, self.forces),
+        }
+        return parity_plot(path, panels, f"{self.name}: {len(self.test)} test frames")
+
+    def _truth(self) -> tuple[np.ndarray, np.ndarray]:
+        return (
+            np.array([float(frame.energy) for frame in self.test]),
+            torch.cat([frame.force for frame in self.test]).numpy(),
+        )
+
+
+def _splits(args: argparse.Namespace) -> dict[str, list[Any]]:
+    """Training, validation and test frames without graphs."""
+    kind, _, name = args.data.partition(":")
+    parts: dict[str, list[Any]] = {}
+    if kind == "xtb":
+        # Three trajectories of their own: no test frame is a neighbour in time of a training frame.
+        frames = {"train": 24, "val": 4, "test": 8} if args.smoke else {"train": 700, "val": 50, "test": 300}
+        quick = {"warmup": 5.0} if args.smoke else {}
+        for split, count in frames.items():
+            settings: dict[str, Any] = {"split": split, "num_frames": count, "progress": sys.stderr.isatty(), **quick}
+            parts[split] = list(XTBTrajectory(args.root, name or "ethanol", **settings))
+        return parts
+    # Published data have no validation frames: the last twentieth of the training frames serves.
+    published = kind in ("rmd17", "3bpa", "acac")
+    for split in ("train", "test") if published else ("train", "val", "test"):
+        try:
+            parts[split] = list(ForceField(args.root, args.data, split=split))
+        except (ValueError, OSError) as error:
+            raise SystemExit(f"--data {args.data} --root {args.root}: {error}") from None
+    if published:
+        num_val = max(1, len(parts["train"]) // 20)
+        parts["train"], parts["val"] = parts["train"][:-num_val], parts["train"][-num_val:]
+    return parts
+
+
 # --- Lightning modules ------------------------------------------------------------------------------------------------
 
 
@@ -284,13 +421,17 @@ class EnergyForces(_Trained):
             energy, forces = self.predictor(batch)
         return energy.detach().to(torch.float64) * self.scale + self.atom_energy(batch), forces.detach() * self.scale
 
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """One weighted squared error."""
+    def loss(self, batch: Any) -> Tensor:
+        """The weighted squared error that a training step lowers."""
         energy, forces = self.model(batch)
         target = ((batch.energy.view(-1).to(torch.float64) - self.atom_energy(batch)) / self.scale).to(energy.dtype)
         energy_loss = torch.nn.functional.mse_loss(energy, target)
         force_loss = torch.nn.functional.mse_loss(forces, batch.force / self.scale)
-        loss = self.energy_weight * energy_loss + force_loss
+        return self.energy_weight * energy_loss + force_loss
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """The loss, logged."""
+        loss = self.loss(batch)
         self.log("train_loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=batch.num_graphs)
         return loss
 
