@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import csv
 import math
 import os
@@ -33,7 +34,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch_geometric.loader import DataLoader
 
 from geo.datasets import ForceField, XTBTrajectory, energy_shift
@@ -332,15 +333,13 @@ class _Trained(lightning.LightningModule):
         self.lr, self.weight_decay, self.warmup = lr, weight_decay, warmup
         self.max_seconds: float | None = None
         # A moving average of 0.99 forgets the start within a few hundred steps.
-        self.average = None if ema is None else AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(ema))
+        self.average = None if ema is None else copy.deepcopy(model).requires_grad_(False)
+        self._blend = None if ema is None else get_ema_multi_avg_fn(ema)
 
     @property
     def predictor(self) -> torch.nn.Module:
         """The weights to predict with: the moving average where there is one."""
-        if self.average is None or self.training:
-            return self.model
-        module: torch.nn.Module = self.average.module
-        return module
+        return self.model if self.average is None or self.training else self.average
 
     def progress(self, step: int, total: float) -> float:
         """How much of the budget is spent, between 0 and 1: by steps, or by the clock where that is further."""
@@ -367,9 +366,14 @@ class _Trained(lightning.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Update the moving average."""
-        if self.average is not None:
-            self.average.update_parameters(self.model)
+        """Update the moving average of the parameters; buffers are copied."""
+        if self.average is None or self._blend is None:
+            return
+        self._blend([*self.average.parameters()], [*self.model.parameters()], 0)
+        # By name: PyTorch's AveragedModel goes by place, and copies of e3nn's products have buffers in other places.
+        buffers = dict(self.average.named_buffers())
+        for name, buffer in self.model.named_buffers():
+            buffers[name].copy_(buffer)
 
 
 class EnergyForces(_Trained):

@@ -136,6 +136,34 @@ def test_time_budget_survives_resume(tmp_path):
     assert again.global_step <= first.global_step + 2
 
 
+class Reordered(Line):
+    """Its copies have their buffers in another order, as those of e3nn's tensor products may."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("small", torch.zeros(2))
+        self.register_buffer("large", torch.zeros(3))
+
+    def __deepcopy__(self, memo):
+        copy = Reordered()
+        copy.load_state_dict(self.state_dict())
+        copy._buffers = dict(reversed(copy._buffers.items()))
+        return copy
+
+
+def test_average_of_parameters_and_newest_buffers():
+    module = training.Supervised(Reordered(), squared, ema=0.9)
+    before = module.average.linear.weight.clone()
+    with torch.no_grad():
+        module.model.linear.weight += 1
+        module.model.large += 2
+    module.on_train_batch_end(None, None, 0)
+    torch.testing.assert_close(module.average.linear.weight, before + 0.1)
+    assert module.average.large.tolist() == [2, 2, 2]
+    assert module.predictor is module.model
+    assert module.eval().predictor is module.average
+
+
 class Spring(nn.Module):
     """E = k sum |pos|^2 per graph, in units of the scale."""
 
