@@ -19,6 +19,10 @@ from geo.ops.gather_mul import (
     gather_mul_segment_sum,
     gather_mul_segment_sum_reference,
 )
+from geo.ops.gather_tensor_product import (
+    gather_tensor_product_segment_sum,
+    gather_tensor_product_segment_sum_reference,
+)
 from geo.ops.gaunt import gaunt_product, gaunt_product_reference
 from geo.ops.gelu import gelu, gelu_reference
 from geo.ops.plan import SegmentPlan, csr_from_index, csr_from_index_reference
@@ -84,6 +88,8 @@ __all__ = [
     "gather_mul_reference",
     "gather_mul_segment_sum",
     "gather_mul_segment_sum_reference",
+    "gather_tensor_product_segment_sum",
+    "gather_tensor_product_segment_sum_reference",
     "gaunt_product",
     "gaunt_product_reference",
     "gelu",
