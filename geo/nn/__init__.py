@@ -16,6 +16,7 @@ from geo.nn.kernel_basis import KernelBasis
 from geo.nn.orientation_grid import FrameGrid, OrientationGrid
 from geo.nn.ponita import PONITA
 from geo.nn.se_conv import ConvNeXtBlock, PointConv, PoniConv
+from geo.nn.tensor_product_conv import TensorProductConv
 
 if TYPE_CHECKING:
     from typing import Any
@@ -55,6 +56,7 @@ __all__ = [
     "SoftmaxAggregation",
     "StdAggregation",
     "SumAggregation",
+    "TensorProductConv",
     "VarAggregation",
     "aggr",
     "as_e3nn",
