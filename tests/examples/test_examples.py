@@ -18,6 +18,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 SCRIPTS = sorted(path.stem for path in EXAMPLES.glob("*.py"))
 PLOTS = {
     "molecules": ["parity.png", "learning.png", "md_energy.png"],
+    "molecules_gaunt": ["parity.png", "learning.png", "cost.png"],
     "nbody": ["learning.png"],
     "point_clouds": ["digits.png", "learning.png"],
     "shapes": ["accuracy.png", "learning.png"],
