@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import csv
 import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -27,6 +29,13 @@ def test_interleave_counts_and_orders():
     timings = bench.interleave({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, rounds=2, calls=3)
     assert "".join(calls) == "aaaabbbb" * 2  # one unobserved call and three timed ones in each turn
     assert all(0 <= t.low <= t.median <= t.high for t in timings.values())
+
+
+def test_interleave_spares_the_slow():
+    calls = []
+    timings = bench.interleave({"a": lambda: calls.append(time.sleep(0.002))}, rounds=9, calls=3, seconds=1e-3)
+    assert len(calls) == 1 + 3  # unobserved, and one in each of three turns
+    assert timings["a"].low >= 2
 
 
 def test_peak_extra_memory_sees_the_temporary_not_the_result():
@@ -138,3 +147,158 @@ def test_pyg_is_timed_without_torch_scatter(tmp_path):
         "from torch_geometric import typing; assert not typing.WITH_TORCH_SCATTER; assert _torch_scatter().seen"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(tmp_path)}, check=True)
+
+
+FEW = [
+    "--batch",
+    "3",
+    "--channels",
+    "4",
+    "--single-batch",
+    "5",
+    "--edges",
+    "12",
+    "--nodes",
+    "4",
+    "--conv-channels",
+    "2",
+]
+QUICK = [*FEW, "--rounds", "1", "--calls", "1", "--threads", "1", "--quiet"]
+
+
+@pytest.fixture
+def threads():
+    """What the benchmarks change in this process, put back."""
+    num_threads = torch.get_num_threads()
+    yield num_threads
+    torch.set_num_threads(num_threads)
+
+
+def test_tensor_products_writes_page_table_and_plot(tmp_path):
+    files = {name: tmp_path / f"rows.{name}" for name in ("csv", "png", "md")}
+    options = ["--csv", str(files["csv"]), "--plot", str(files["png"]), "--out", str(files["md"])]
+    modes = ["--mode", "uuu", "uvu", "full", "siso", "simo", "mimo", "conv", "--lmax", "1", "--direction", "forward"]
+    command = [sys.executable, "-m", "geo", "bench", "tensor-products", *QUICK, "--no-memory", *modes, *options]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == files["md"].read_text().strip()
+    assert files["png"].read_bytes()[:4] == b"\x89PNG"
+    assert not (tmp_path / "rows.csv.part").exists()
+    rows = list(csv.DictReader(files["csv"].read_text().splitlines()))
+    assert {(row["mode"], row["kind"]) for row in rows} == {
+        *((mode, kind) for mode in ("uuu", "uvu", "full") for kind in ("even", "odd", "all")),
+        *(("siso", "even"), ("siso", "odd"), ("simo", "even"), ("simo", "all"), ("mimo", "even"), ("mimo", "all")),
+        *(("conv", "even"), ("conv", "all"), ("conv", "gaunt even"), ("conv", "gaunt all")),
+    }
+    for row in rows:
+        assert row["status"] == "ok" or row["status"].startswith("not available"), row
+        if row["status"] == "ok":
+            assert float(row["error"]) < 1e-5
+            assert float(row["ms"]) > 0
+            assert float(row["us_per_output"]) == pytest.approx(float(row["ms"]) * 1e3 / int(row["outputs"]))
+    named = {(row["mode"], row["method"]) for row in rows if row["status"] == "ok"}
+    for method in (
+        "geo auto",
+        "geo layer auto, e3nn",
+        "e3nn TensorProduct",
+        "e3nn FullTensorProduct",
+        "torch grid, BIC",
+    ):
+        assert ("uuu", method) in named
+        assert f"| {method} " in done.stdout
+    assert {("conv", "geo TensorProductConv"), ("conv", "e3nn TensorProduct")} <= named
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward", "double"])
+def test_tensor_products_refuses_what_differs(threads, monkeypatch, tmp_path, direction):
+    """A product that is off by a tenth of a per cent is not timed, in no direction, and the others are."""
+    from geo.bench import tensor_product_peers, tensor_products
+
+    good = tensor_product_peers.ops.gaunt_product
+    monkeypatch.setattr(tensor_product_peers.ops, "gaunt_product", lambda *args, **kw: good(*args, **kw) * 1.001)
+    options = [
+        "--lmax",
+        "2",
+        "--paths",
+        "even",
+        "--methods",
+        "geo auto",
+        "e3nn TensorProduct,",
+        "--direction",
+        direction,
+    ]
+    path = tmp_path / "rows.csv"
+    assert tensor_products.main([*QUICK, "--mode", "uuu", *options, "--csv", str(path)]) == 1
+    rows = {row["method"]: row for row in csv.DictReader(path.read_text().splitlines())}
+    assert rows["geo auto"]["status"].startswith("refused: off by")
+    assert rows["geo auto"]["ms"] == ""
+    assert rows["e3nn TensorProduct, no weights"]["status"] == "ok"
+
+
+def test_tensor_products_continues_where_it_broke_off(threads, monkeypatch, tmp_path, capsys):
+    from geo.bench import tensor_products
+
+    path, part = tmp_path / "rows.csv", tmp_path / "rows.csv.part"
+    options = [*QUICK, "--mode", "uuu", "--methods", "geo auto", "--direction", "forward", "--csv", str(path)]
+    group, done = tensor_products.group, []
+
+    def breaks_at_two(mode, lmax, *rest):
+        if lmax == 2:
+            raise KeyboardInterrupt
+        done.append(lmax)
+        return group(mode, lmax, *rest)
+
+    monkeypatch.setattr(tensor_products, "group", breaks_at_two)
+    with pytest.raises(KeyboardInterrupt):
+        tensor_products.main([*options, "--lmax", "1", "2"])
+    assert len(part.read_text().splitlines()) == 1 + 3  # even, odd, all
+    with part.open("a") as file:
+        file.write("2026-01-01,a line that broke off")
+    monkeypatch.setattr(
+        tensor_products, "group", lambda mode, lmax, *rest: done.append(lmax) or group(mode, lmax, *rest)
+    )
+    with pytest.raises(SystemExit, match="other settings"):
+        tensor_products.main([*options, "--lmax", "1", "2", "--batch", "4"])
+    assert tensor_products.main([*options, "--lmax", "1", "2"]) == 0
+    assert done == [1, 2]
+    assert not part.exists()
+    assert [row["lmax"] for row in csv.DictReader(path.read_text().splitlines())] == ["1"] * 3 + ["2"] * 3
+    assert "### uuu, forward" in capsys.readouterr().out
+
+
+def test_tensor_products_counts_paths():
+    """By hand from the table of the literature, and by e3nn's rule for products of irreps."""
+    from e3nn.o3 import Irreps
+
+    from geo.bench.tensor_product_problems import count_paths
+    from geo.bench.tensor_products import shapes
+
+    published = {1: (4, 5), 2: (11, 15), 3: (23, 34), 4: (42, 65), 6: (106, 175)}
+    assert {lmax: (even, even + odd) for lmax in published for even, odd in [count_paths(lmax)]} == published
+    for mode in ("uuu", "siso", "simo", "mimo"):
+        for lmax in (1, 2, 3):
+            for kind, product in shapes(mode, lmax, ["even", "all"], 1).items():
+                first, second, out = (Irreps(text) for text in product.irreps())
+                found = sum(ir in a * b for _, a in first for _, b in second for _, ir in out)
+                assert len(product.paths) == found, (mode, lmax, kind)
+                reached = {(p.l3, p.odd) for p in product.paths}
+                assert len(reached) == len(out), (mode, lmax, kind)  # no output that does not exist
+
+
+def test_tensor_products_targets_are_those_of_the_issue():
+    from geo.bench.tensor_product_page import targets
+
+    def row(method, ms, lmax=2, direction="forward", kind="even", mode="uuu"):
+        values = {"method": method, "ms": ms, "lmax": lmax, "direction": direction, "kind": kind, "mode": mode}
+        return values | {"status": "ok", "device": "cpu", "rows": 1, "channels": 1}
+
+    found = [row("geo auto", 1.0), row("geo auto", 3.1, kind="odd"), row("e3nn TensorProduct", 41.0)]
+    found.append(row("e3nn TensorProduct, no weights", 39.0))
+    found += [row("geo auto", 1.0, 6, "backward"), row("e3nn TensorProduct", 61.0, 6, "backward")]
+    found += [row("geo TensorProductConv", 1.0, mode="conv"), row("e3nn TensorProduct", 5.5, mode="conv")]
+    assert [line[2:] for line in targets(found)] == [
+        ["39.0", ">= 40", "no"],  # of the faster of both
+        ["3.10", "<= 3", "no"],
+        ["61.0", ">= 60", "yes"],
+        ["5.50", ">= 5", "yes"],
+    ]

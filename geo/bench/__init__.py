@@ -28,6 +28,7 @@ __all__ = ["BENCHMARKS", "Timing", "interleave", "machine", "main", "peak_extra_
 BENCHMARKS = {
     "se_conv": "separable SE(n) convolution and its ops against the same computation composed of PyTorch ops",
     "scatter": "reductions over segments of rows against torch, PyG and torch_scatter",
+    "tensor-products": "Gaunt products, brackets and convolutions against e3nn, cuEquivariance and grids in PyTorch",
 }
 
 
@@ -35,12 +36,12 @@ def main(name: str | None, argv: Sequence[str] = ()) -> int:
     """Run a benchmark; without a name, list them. Returns the exit status."""
     if name is None:
         for key, what in BENCHMARKS.items():
-            print(f"{key:10s} {what}")
+            print(f"{key:16s} {what}")
         return 0
     if name not in BENCHMARKS:
         print(f"geo bench: {name!r} is not one of {', '.join(BENCHMARKS)}", file=sys.stderr)
         return 2
-    run: Callable[[Sequence[str]], int] = importlib.import_module(f"geo.bench.{name}").main
+    run: Callable[[Sequence[str]], int] = importlib.import_module(f"geo.bench.{name.replace('-', '_')}").main
     return run(argv)
 
 
@@ -58,7 +59,11 @@ class Timing:
 
 
 def interleave(
-    candidates: Mapping[str, Callable[[], Any]], rounds: int = 7, calls: int = 3, clock: str = "wall"
+    candidates: Mapping[str, Callable[[], Any]],
+    rounds: int = 7,
+    calls: int = 3,
+    clock: str = "wall",
+    seconds: float | None = None,
 ) -> dict[str, Timing]:
     """Time functions of no arguments: each round, each candidate runs once unobserved and then ``calls`` times.
 
@@ -68,12 +73,20 @@ def interleave(
         calls: Timed calls in a turn.
         clock: ``"wall"``; ``"cpu"``, the time that all threads of the process worked, which says more on a machine that
             is busy with other things; ``"cuda"``, by events on the current stream.
+        seconds: A candidate whose timed calls took this long has one a turn, unprepared, and none after its third turn.
     """
     times: dict[str, list[float]] = {name: [] for name in candidates}
-    for _ in range(rounds):
+    limit = float("inf") if seconds is None else seconds * 1e3
+    for turn in range(rounds):
         for name, call in candidates.items():
-            call()
-            times[name] += [_milliseconds(call, clock) for _ in range(calls)]
+            if sum(times[name]) < limit:
+                call()
+            elif turn > 2:
+                continue
+            for _ in range(calls):
+                times[name].append(_milliseconds(call, clock))
+                if sum(times[name]) >= limit:
+                    break
     return {name: _summary(values) for name, values in times.items()}
 
 
