@@ -25,6 +25,7 @@ from geo.ops import bounds
 from geo.ops.registration import define
 
 METHODS = ("auto", "sparse", "grid", "separable")
+_LMAX_SPARSE = 12
 _LMAX = 64  # of an operand: beyond, sectoral harmonics near the poles leave the range of float64
 
 
@@ -73,8 +74,9 @@ def gaunt_product(
         torch.Size([5, 9, 8])
     """
     operands, sizes, lead = _prepare(x, y, lmax_out, scale_x, scale_y, scale_out)
-    args = (*operands, *sizes, bool(bracket), _resolve(method, sizes[:3]))
-    out: Tensor = bounds.call("gaunt_product", torch.ops.geo.gaunt_product, args)
+    _check_method(method, sizes[:3])
+    op, rest = _op(method)
+    out: Tensor = bounds.call("gaunt_product", op, (*operands, *sizes, bool(bracket), *rest))
     return out.view(*lead, *out.shape[1:])
 
 
@@ -142,12 +144,16 @@ def _channels(tensors: Sequence[Tensor]) -> int:
     return found
 
 
-def _resolve(method: str, lmax: tuple[int, int, int]) -> str:
+def _check_method(method: str, lmax: tuple[int, int, int]) -> None:
     if method not in METHODS:
         raise ValueError(f"method is {method!r}, but must be one of {', '.join(map(repr, METHODS))}")
-    if method != "auto":
-        return method
-    return "sparse" if max(lmax[:2]) <= 1 else "grid"
+    if method == "sparse" and max(lmax) > _LMAX_SPARSE:
+        raise ValueError(f"method 'sparse' lists the couplings of degrees up to {_LMAX_SPARSE}, got {max(lmax)}")
+
+
+def _op(method: str) -> tuple[Any, tuple[str, ...]]:
+    """The op of a method and its last arguments: matrix products are PyTorch's on every device, hence no kernels."""
+    return (torch.ops.geo.gaunt_product_grid, ()) if method == "grid" else (torch.ops.geo.gaunt_product, (method,))
 
 
 # -- tables ------------------------------------------------------------------------------------------------------------
@@ -252,8 +258,8 @@ def gaunt_product_reference(
 ) -> Tensor:
     """:func:`gaunt_product` by matrix products: the specification, also under torch.func."""
     operands, sizes, lead = _prepare(x, y, lmax_out, scale_x, scale_y, scale_out)
-    options = (*sizes, bool(bracket), _resolve(method, sizes[:3]))
-    out = _kernel(*operands, *options)  # type: ignore[call-arg, arg-type]
+    _check_method(method, sizes[:3])
+    out = _kernel(*operands, *sizes, bool(bracket), method)  # type: ignore[call-arg, arg-type]
     return out.view(*lead, *out.shape[1:])
 
 
@@ -268,10 +274,12 @@ def _kernel(
     lmax_out: int,
     channels: int,
     bracket: bool,
-    method: str,
+    method: str = "grid",
 ) -> Tensor:
     dtype, lmax = x.dtype, (lmax_x, lmax_y, lmax_out)
     wide = torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+    if method == "auto":
+        method = _auto(x, *lmax, bracket)
     product = {"grid": _by_grid, "sparse": _by_nonzeros, "separable": _by_angles}[method]
     with torch.autocast(x.device.type, enabled=False):  # a 16-bit grid would cost the symmetry
         out = product(_scaled(x.to(wide), scale_x), _scaled(y.to(wide), scale_y), lmax, bracket)
@@ -339,7 +347,7 @@ def _fake(
     lmax_out: int,
     channels: int,
     bracket: bool,
-    method: str,
+    method: str = "grid",
 ) -> Tensor:
     torch._check(x.dim() == 3 and y.dim() == 3)
     torch._check(x.size(0) == y.size(0))
@@ -352,12 +360,14 @@ def _fake(
 # -- gradients ---------------------------------------------------------------------------------------------------------
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs[:5])
-    ctx.options = inputs[5:]
+    ctx.options = inputs[5:10]
+    ctx.method = inputs[10] if len(inputs) > 10 else "grid"
 
 
 def _backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
     x, y, *scales = ctx.saved_tensors
-    *lmax, _, bracket, method = ctx.options
+    *lmax, _, bracket = ctx.options
+    op, rest = _op(ctx.method)
     slots, need = (x, y, g), ctx.needs_input_grad
     d_slots: list[Tensor | None] = [None, None, None]
     d_scales: list[Tensor | None] = [None, None, None]
@@ -368,13 +378,13 @@ def _backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         options = (lmax[j], lmax[k], lmax[i])
         if need_scale:
             full = _channels([t for t in (*arguments, slots[i]) if t is not None])
-            raw = torch.ops.geo.gaunt_product(*arguments, None, *options, full, bracket, method)
+            raw = op(*arguments, None, *options, full, bracket, *rest)
             d_scales[i] = _reduced(_degree_sums(raw * slots[i], lmax[i]), scales[i])
             if need_slot:
                 d_slots[i] = _reduced(raw * _spread(scales[i]), slots[i])
         elif need_slot:
-            d_slots[i] = torch.ops.geo.gaunt_product(*arguments, scales[i], *options, slots[i].size(2), bracket, method)
-    return (*d_slots[:2], *d_scales, *(None,) * 6)
+            d_slots[i] = op(*arguments, scales[i], *options, slots[i].size(2), bracket, *rest)
+    return (*d_slots[:2], *d_scales, *(None,) * (5 + len(rest)))
 
 
 def _degree_sums(x: Tensor, lmax: int) -> Tensor:
@@ -390,11 +400,41 @@ def _reduced(gradient: Tensor, like: Tensor) -> Tensor:
     return gradient.expand(-1, -1, like.size(2))
 
 
-define(
-    "gaunt_product(Tensor x, Tensor y, Tensor? scale_x, Tensor? scale_y, Tensor? scale_out, int lmax_x, int lmax_y, "
-    "int lmax_out, int channels, bool bracket, str method) -> Tensor",
-    _kernel,
-    _fake,
-    _backward,
-    _setup,
+_ARGUMENTS = (
+    "(Tensor x, Tensor y, Tensor? scale_x, Tensor? scale_y, Tensor? scale_out, int lmax_x, int lmax_y, int lmax_out, "
+    "int channels, bool bracket"
 )
+define(f"gaunt_product{_ARGUMENTS}, str method) -> Tensor", _kernel, _fake, _backward, _setup)
+define(f"gaunt_product_grid{_ARGUMENTS}) -> Tensor", _kernel, _fake, _backward, _setup)
+
+
+# -- the choice of 'auto' ----------------------------------------------------------------------------------------------
+def auto_method(like: Tensor, lmax_x: int, lmax_y: int, lmax_out: int, bracket: bool = False) -> str:
+    """What ``method='auto'`` means for tensors on the device of ``like``: the faster one as measured.
+
+    Args:
+        like: Any tensor on the device.
+        lmax_x: Degree of the first operand.
+        lmax_y: Degree of the second operand.
+        lmax_out: Degree of the output.
+        bracket: For the Poisson bracket. (default: ``False``)
+
+    Returns:
+        One of ``'sparse'``, ``'grid'`` and ``'separable'``.
+
+    Example:
+        >>> import torch
+        >>> from geo.ops.gaunt import auto_method
+        >>> auto_method(torch.empty(0), 1, 1, 1)
+        'sparse'
+    """
+    method: str = torch.ops.geo.gaunt_auto(like, lmax_x, lmax_y, lmax_out, bracket)
+    return method
+
+
+def _auto(like: Tensor, lmax_x: int, lmax_y: int, lmax_out: int, bracket: bool) -> str:
+    """Without compiled kernels matrix products win from degree 2 on, and the separable form never."""
+    return "sparse" if max(lmax_x, lmax_y) <= 1 else "grid"
+
+
+define("gaunt_auto(Tensor like, int lmax_x, int lmax_y, int lmax_out, bool bracket) -> str", _auto, _auto)

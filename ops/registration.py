@@ -19,7 +19,9 @@ def _owned(kernel: Callable[..., Any]) -> Callable[..., Any]:
     """``kernel``, with views among its results copied: autograd lets nobody write to a view that an op returned."""
 
     def own(out: Any) -> Any:
-        return out.clone(memory_format=torch.contiguous_format) if out._is_view() else out
+        if not isinstance(out, torch.Tensor) or not out._is_view():
+            return out
+        return out.clone(memory_format=torch.contiguous_format)
 
     def call(*args: Any) -> Any:
         out = kernel(*args)

@@ -20,11 +20,6 @@ const GatherLinearTable<double>& table(double) { return choose_table(GEO_TABLES(
 const GatherLinearTable<bfloat16>& table(bfloat16) { return choose_table(GEO_TABLES(gather_linear_bfloat16)); }
 const GatherLinearTable<float16>& table(float16) { return choose_table(GEO_TABLES(gather_linear_float16)); }
 
-template <class T>
-T* aligned(std::vector<T>& buffer) {
-  return reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(buffer.data()) + 63) & ~uintptr_t(63));
-}
-
 // A [rows, O, C] tensor as the leaf reads and writes it: in the accumulation type, C padded to whole vectors. That is the
 // tensor itself where it has this form already.
 template <class S>

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <vector>
 
 #include "../dispatch.h"
 #include "../segments.h"
@@ -147,6 +148,12 @@ inline int64_t num_parts(int64_t num_rows, int64_t size) {
 // Units of work (rows of `row_bytes`) handed out at a time: about a quarter megabyte.
 inline int64_t block_of(int64_t row_bytes) {
   return std::clamp<int64_t>((int64_t(1) << 18) / std::max<int64_t>(1, row_bytes), 16, 1 << 15);
+}
+
+// The first element at a multiple of 64 bytes; the buffer is 64 bytes longer than what is used.
+template <class T>
+T* aligned(std::vector<T>& buffer) {
+  return reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(buffer.data()) + 63) & ~uintptr_t(63));
 }
 
 // A large fresh tensor costs a page fault every 4 KiB, more than writing it. Call this before its first touch: it asks for

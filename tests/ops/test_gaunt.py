@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from geo.ops import gaunt_product, gaunt_product_reference
+from geo.ops.gaunt import auto_method
 from geo.testing import assert_close, check_compile, check_derivatives, check_op
 
 F64 = torch.float64
@@ -52,6 +53,44 @@ def test_methods_and_dtypes(device, dtype, bracket, method):
                 tensors(rows, sizes, device, dtype),
                 factor=10,  # sums of up to 60 terms of size 5
             )
+
+
+WIDE = [(2, 2, 2, 40), (3, 3, 3, 16), (4, 4, 4, 20), (6, 5, 7, 17), (0, 3, 3, 33), (9, 8, 9, 2), (12, 2, 11, 16)]
+
+
+@pytest.mark.parametrize("method", ["auto", "sparse", "separable"])
+@pytest.mark.parametrize("bracket", [False, True])
+@pytest.mark.parametrize("sizes", WIDE, ids=str)
+@pytest.mark.parametrize("dtype", [F64, torch.float32], ids=str)
+def test_channels_beyond_a_vector_and_high_degrees(device, dtype, sizes, bracket, method):
+    """Also one channel for many, the sum over channels (a gradient's) and factors of every kind."""
+    op = torch.ops.geo.gaunt_product
+    *lmax, channels = sizes
+    x, y = tensors(3, sizes, device, dtype)
+    a, b, c = (
+        torch.randn(rows, top + 1, wide, device=device, dtype=dtype)
+        for rows, top, wide in zip((3, 1, 3), lmax, (1, channels, channels), strict=True)
+    )
+    for first, second, out, factors in (
+        (x, y, channels, (None, None, None)),
+        (x, y, 1, (a, b, None)),
+        (x[..., :1], y, channels, (a, None, c)),
+        (x, y[..., :1], 1, (None, b, c)),
+    ):
+        found = op(first, second, *factors, *lmax, out, bracket, method)
+        wide = [t if t is None else t.double() for t in (first, second, *factors)]
+        expected = torch.ops.geo.gaunt_product_grid(*wide, *lmax, out, bracket)
+        assert_close(found / expected.abs().amax(), (expected / expected.abs().amax()).to(dtype))
+
+
+def test_auto_and_the_limit_of_lists(device):
+    like = torch.empty(0, device=device)
+    assert auto_method(like, 1, 1, 1) == "sparse"
+    assert auto_method(like, 10, 10, 10) in ("grid", "separable")
+    x = torch.randn(1, 14**2, 2, device=device)
+    with pytest.raises(ValueError, match="method 'sparse' lists the couplings of degrees up to 12, got 13"):
+        gaunt_product(x, x, 1, method="sparse")
+    assert_close(gaunt_product(x, x, 1), gaunt_product(x, x, 1, method="grid"), factor=10)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -123,7 +162,7 @@ def test_third_derivative(device, bracket):
 def test_gradients_are_the_op_itself(bracket):
     """The op keeps its operands alone, no field on the grid, and its gradient comes from the op."""
     x, y = (t.requires_grad_() for t in tensors(4, (2, 2, 2, 3), dtype=F64))
-    out = torch.ops.geo.gaunt_product(x, y, None, None, None, 2, 2, 2, 3, bracket, "grid")
+    out = torch.ops.geo.gaunt_product(x, y, None, None, None, 2, 2, 2, 3, bracket, "auto")
     kept = [t for t in out.grad_fn.saved_tensors if t is not None]
     assert [t.data_ptr() for t in kept] == [x.data_ptr(), y.data_ptr()]
     (dx,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
@@ -135,10 +174,12 @@ def test_gradients_are_the_op_itself(bracket):
 def test_opcheck(device, method, grad):
     x, y = (t.requires_grad_(grad) for t in tensors(3, (1, 1, 2, 2), device, F64))
     a, b, c = (torch.randn(n, 2, 1, dtype=F64, device=device, requires_grad=grad) for n in (1, 3, 1))
-    op = torch.ops.geo.gaunt_product.default
-    torch.library.opcheck(op, (x, y, None, None, None, 1, 1, 2, 2, False, method))
-    torch.library.opcheck(op, (x, y, a, b, c, 1, 1, 1, 2, True, method))
-    torch.library.opcheck(op, (x, y[:, :, :1].detach().requires_grad_(grad), a, b, c, 1, 1, 1, 1, True, method))
+    grid = method == "grid"
+    op = torch.ops.geo.gaunt_product_grid.default if grid else torch.ops.geo.gaunt_product.default
+    last = () if grid else (method,)
+    torch.library.opcheck(op, (x, y, None, None, None, 1, 1, 2, 2, False, *last))
+    torch.library.opcheck(op, (x, y, a, b, c, 1, 1, 1, 2, True, *last))
+    torch.library.opcheck(op, (x, y[:, :, :1].detach().requires_grad_(grad), a, b, c, 1, 1, 1, 1, True, *last))
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
