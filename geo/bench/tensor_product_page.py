@@ -210,20 +210,24 @@ def plot(found: Sequence[Row], path: Path) -> None:
         import matplotlib.pyplot as plt
     except ImportError as error:
         raise ImportError("plots need matplotlib: pip install 'torch-geo[train]'") from error
-    panels = list(dict.fromkeys((row["mode"], row["direction"]) for row in found))
-    figure, axes = plt.subplots(2, len(panels), figsize=(4.6 * len(panels), 8), squeeze=False, sharex="col")
+    modes, directions = (list(dict.fromkeys(row[key] for row in found)) for key in ("mode", "direction"))
+    size = (4.8 * len(directions), 7 * len(modes) + 1.5)
+    figure, axes = plt.subplots(2 * len(modes), len(directions), figsize=size, squeeze=False)
     handles: dict[str, Any] = {}
-    for column, (mode, direction) in zip(axes.T, panels, strict=True):
-        for (kind, family), times in curves(found, mode, direction).items():
-            style = {"color": f"C{FAMILIES.index(family)}", "ls": {"even": "-", "odd": ":"}.get(kind, "--")}
-            style |= {"marker": "x" if kind.startswith("gaunt") else "."}
-            for axis, values in zip(column, zip(*times.values(), strict=True), strict=True):
-                (handles[f"{family}, {kind}"],) = axis.plot(list(times), values, **style)
-        column[0].set(title=f"{mode}\n{TITLES[direction]}", yscale="log", ylabel="ms")
-        column[1].set(xlabel="lmax", yscale="log", ylabel="us per output irrep")
-    figure.legend(handles.values(), handles, loc="outside lower center", ncols=4, fontsize="small")
-    figure.tight_layout(rect=(0, 0.04 + 0.022 * (len(handles) // 4), 1, 1))
-    figure.savefig(path, dpi=120)
+    for i, mode in enumerate(modes):
+        for pair, direction in zip(axes[2 * i : 2 * i + 2].T, directions, strict=True):
+            for (kind, family), times in sorted(curves(found, mode, direction).items()):
+                style = {"color": f"C{FAMILIES.index(family)}", "ls": {"even": "-", "odd": ":"}.get(kind, "--")}
+                style |= {"marker": "x" if kind.startswith("gaunt") else "."}
+                for axis, values in zip(pair, zip(*times.values(), strict=True), strict=True):
+                    (handles[f"{family}, {kind}"],) = axis.plot(list(times), values, **style)
+            degrees = sorted({row["lmax"] for row in found if row["mode"] == mode})
+            for axis, label in zip(pair, ("ms", "us per output irrep"), strict=True):
+                axis.set(title=f"{mode}, {direction}", xlabel="lmax", ylabel=label, xticks=degrees, yscale="log")
+    figure.legend(handles.values(), handles, loc="lower center", ncols=len(directions) + 1, fontsize="small")
+    lines = math.ceil(len(handles) / (len(directions) + 1))
+    figure.tight_layout(rect=(0, (0.22 * lines + 0.2) / size[1], 1, 1))
+    figure.savefig(path, dpi=100)
     plt.close(figure)
 
 
