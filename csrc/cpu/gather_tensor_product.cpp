@@ -71,6 +71,7 @@ class Paths {
     const double* values = read<double>(coefficients);
     const int64_t lanes = leaf.lanes;
     int64_t weight = 0, value = 0;
+    std::vector<int64_t> groups, starts, rows;  // of the paths in the list
     for (int64_t number = 0; number < paths.size(0); ++number) {
       const TensorPath& path = table[number];
       STD_TORCH_CHECK(path_fits(path, dim_x, dim_sh, dim_out, num_weights - weight, coefficients.numel() - value), op,
@@ -89,28 +90,27 @@ class Paths {
         p.d_sh = path.d2;
         p.weight = path.has_weight ? weight : -1;
         p.shared_weight = num_shared;
-        p.matrix = matrix_row;
-        p.matrix_size = round_up(path.d1 * path.d3, lanes);
-        p.coefficients = int64_t(dense.size());
         p.terms = int64_t(term_ptr.size());
-        dense.resize(dense.size() + path.d2 * p.matrix_size);
+        int64_t group = 0;
+        while (group < int64_t(matrices.size()) && (matrices[group].sh != path.sh || matrices[group].d_sh != path.d2)) ++group;
+        if (group == int64_t(matrices.size())) matrices.push_back({path.sh, path.d2, 0, 0, 0});
+        p.matrix = matrices[group].size;  // within the group, for now
+        matrices[group].size += path.d1 * path.d3;
+        groups.push_back(group);
+        starts.push_back(value);
         term_ptr.push_back(int64_t(terms.size()));
         for (int64_t j = 0; j < path.d2; ++j) {
-          for (int64_t own_row = 0; own_row < p.d_own; ++own_row)
-            for (int64_t in_row = 0; in_row < p.d_in; ++in_row) {
-              const int64_t i = reversed ? own_row : in_row, k = reversed ? in_row : own_row;
-              const T c = static_cast<T>(values[value + (i * path.d2 + j) * path.d3 + k]);
-              const int64_t entry = own_row * p.d_in + in_row;
-              dense[p.coefficients + j * p.matrix_size + entry] = c;
-              if (c != 0) terms.push_back({entry, c});
-            }
+          for (int64_t entry = 0; entry < p.d_own * p.d_in; ++entry) {
+            const T c = coefficient(values + value, path, j, entry, reversed);
+            if (c != 0) terms.push_back({entry, c});
+          }
           term_ptr.push_back(int64_t(terms.size()));
         }
-        matrix_row += p.matrix_size;
         matrix_max = std::max(matrix_max, path.d1 * path.d3);
         pitch_max = std::max(pitch_max, p.pitch);
         if (path.has_weight) num_shared += p.pitch;
         list.push_back(p);
+        rows.push_back(number);
       }
       weight += path.mul * path.has_weight;
       value += path.d1 * path.d2 * path.d3;
@@ -120,10 +120,33 @@ class Paths {
                     coefficients.numel());
     in.check(op);
     own.check(op);
+    for (ProductMatrices& m : matrices) {
+      m.size = round_up(m.size, lanes);
+      m.matrix = matrix_row;
+      m.coefficients = int64_t(dense.size());
+      matrix_row += m.size;
+      dense.resize(dense.size() + m.d_sh * m.size);
+    }
+    for (size_t n = 0; n < list.size(); ++n) {
+      const ProductMatrices& m = matrices[groups[n]];
+      const TensorPath& path = table[rows[n]];
+      for (int64_t j = 0; j < m.d_sh; ++j)
+        for (int64_t entry = 0; entry < path.d1 * path.d3; ++entry)
+          dense[m.coefficients + j * m.size + list[n].matrix + entry] =
+              coefficient(values + starts[n], path, j, entry, reversed);
+      list[n].matrix += m.matrix;
+    }
+  }
+
+  // What component j of sh gives to an entry [d_own, d_in] of the path's matrix.
+  static T coefficient(const double* values, const TensorPath& path, int64_t j, int64_t entry, bool reversed) {
+    const int64_t i = reversed ? entry / path.d3 : entry % path.d1, k = reversed ? entry % path.d3 : entry / path.d1;
+    return static_cast<T>(values[(i * path.d2 + j) * path.d3 + k]);
   }
 
   Blocks in, own;
   std::vector<ProductPath> list;
+  std::vector<ProductMatrices> matrices;
   std::vector<T> dense;
   std::vector<ProductTerm<T>> terms;
   std::vector<int64_t> term_ptr;
@@ -233,6 +256,8 @@ GatherProduct<S> make_job(const Paths<S>& paths, const Tensor& sh, const Tensor&
   job.weight_stride = weight.size(0) == sh.size(0) ? weight.size(1) : 0;
   job.paths = paths.list.data();
   job.num_paths = int64_t(paths.list.size());
+  job.matrices = paths.matrices.data();
+  job.num_matrices = int64_t(paths.matrices.size());
   job.own_blocks = paths.own.data();
   job.num_own_blocks = paths.own.size();
   job.coefficients = paths.dense.data();
@@ -348,6 +373,8 @@ std::tuple<Tensor, Tensor, Tensor> gather_tensor_product_grad_cpu(
     job.out = need_x ? write<S>(dx) : nullptr;
     job.dsh = need_sh ? write<S>(dsh) : nullptr;
     job.dweight = need_weight && !shared ? write<S>(dweight) : nullptr;
+    job.stream = job.dweight && dweight.numel() * int64_t(sizeof(S)) >= (int64_t(1) << 22) &&
+                 job.dim_weight * sizeof(S) % 64 == 0 && reinterpret_cast<uintptr_t>(job.dweight) % 64 == 0;
     job.ptr = index_data(ptr);
     job.perm = t_perm_ ? index_data(perm) : nullptr;
     job.in_index = index_data(dst_index);

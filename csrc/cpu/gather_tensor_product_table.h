@@ -18,9 +18,14 @@ struct ProductPath {
   int64_t in, own, mul, pitch, d_in, d_own;
   int64_t sh, d_sh;
   int64_t weight, shared_weight;  // column in a row of weights, negative without weights; in the padded sums of a chunk
-  int64_t matrix, matrix_size;    // [d_own, d_in] in the edge's matrices, padded to whole vectors
-  int64_t coefficients;           // [d_sh, matrix_size]
+  int64_t matrix;                 // [d_own, d_in] in the edge's matrices
   int64_t terms;                  // in term_ptr: d_sh + 1 entries
+};
+
+// The matrices of all paths that read the same irrep of an edge, one after the other and padded to whole vectors.
+struct ProductMatrices {
+  int64_t sh, d_sh, matrix, size;
+  int64_t coefficients;  // [d_sh, size]
 };
 
 // A nonzero coefficient of one component of sh: its entry in the path's matrix.
@@ -42,13 +47,15 @@ struct GatherProduct {
   S *dsh, *dweight;        // null unless wanted; dweight also null where weights are shared
   int64_t weight_stride;   // 0 where all edges share the weights
   const ProductPath* paths;
+  const ProductMatrices* matrices;
   const ProductBlock* own_blocks;
   const T* coefficients;
   const ProductTerm<T>* terms;
   const int64_t* term_ptr;
-  int64_t num_paths, num_own_blocks, in_row, own_row, own_dim, dim_sh, dim_weight, num_shared;
+  int64_t num_paths, num_matrices, num_own_blocks, in_row, own_row, own_dim, dim_sh, dim_weight, num_shared;
   int64_t matrix_row, matrix_max, pitch_max;
   bool own_covered;                      // every column of out is in a block
+  bool stream;                           // store dweight past the caches: it is large, and its rows are whole cache lines
   const int64_t *ptr, *perm, *in_index;  // perm may be null
   int64_t num_edges, num_segments, num_in;
 };

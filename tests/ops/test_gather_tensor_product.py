@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from geo import _native
 from geo.ops import (
     SegmentPlan,
     gather_tensor_product_segment_sum,
@@ -15,10 +16,7 @@ from geo.testing import assert_close, check_compile, check_derivatives, check_op
 
 FLOATS = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 F64 = torch.float64
-native = pytest.mark.skipif(
-    not torch._C._dispatch_has_kernel_for_dispatch_key("geo::gather_tensor_product_grad", "CPU"),
-    reason="no compiled CPU kernels",
-)
+native = pytest.mark.skipif(not _native.have("cpu"), reason="no compiled CPU kernels")
 
 # Blocks of x and of the output, each (mul, components), and paths: block of x, first column and components of sh, block
 # of the output, has_weight. Any coefficients will do: only the layer knows of Clebsch and Gordan.
@@ -164,6 +162,13 @@ def test_equals_reference_where_sorted_or_crowded(device):
     ):
         plan = SegmentPlan(index.to(device), num_dst, src.to(device), num_src)
         check_op(with_plan(plan, table), reference(plan, table), tensors(plan, table, F64), factor=100)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_large_gradient_of_weight(device, dtype):
+    """Above a few megabytes it is stored past the caches."""
+    plan, table = graph(6000, 50, 40, device), Table("wide", device)
+    check_op(with_plan(plan, table), reference(plan, table), tensors(plan, table, dtype), factor=100)
 
 
 def test_non_contiguous(device):

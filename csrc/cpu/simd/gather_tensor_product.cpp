@@ -15,8 +15,7 @@ namespace GEO_SIMD_NAMESPACE {
 namespace {
 
 #define GEO_MEMBER inline __attribute__((always_inline))
-constexpr int kPanel = kRegisters == 32 ? 2 : 1;  // vectors of channels
-constexpr int kDepth = 11;                        // components of a gathered row that stay in registers
+constexpr int kPanel = kRegisters == 32 ? 2 : 1;  // vectors of channels that stay in registers
 
 // f(Size<D>) with the largest odd D <= depth
 template <int N>
@@ -34,6 +33,19 @@ GEO_INLINE int with_depth(int64_t depth, F&& f) {
 }
 
 // -- rows --------------------------------------------------------------------------------------------------------------
+
+// A vector of a row of `left` elements: what is beyond them reads as zero and is not written.
+template <class S>
+GEO_INLINE typename vec<typename accumulate<S>::type>::type load_part(const S* p, int64_t left) {
+  return left >= vec<typename accumulate<S>::type>::lanes ? load(p) : load_n(p, int(left));
+}
+template <class S, class V>
+GEO_INLINE void store_part(S* p, V v, int64_t left) {
+  if (left >= vec<typename accumulate<S>::type>::lanes)
+    store(p, v);
+  else
+    store_n(p, v, int(left));
+}
 
 template <class S, class T, int D>
 void pack_block(T* to, const S* from, int64_t mul, int64_t d, int64_t pitch) {
@@ -54,7 +66,8 @@ void pack(typename accumulate<S>::type* to, const S* from, const ProductBlock* b
   for (const ProductBlock* b = blocks; b != blocks + num_blocks; ++b) {
     T* row = to + b->packed;
     const S* block = from + b->first;
-    if (b->d == 1) pack_block<S, T, 1>(row, block, b->mul, 1, b->pitch);
+    if (b->d == 1)
+      for (int64_t u = 0; u < b->mul; u += vec<T>::lanes) store(row + u, load_part(block + u, b->mul - u));
     else if (b->d == 3) pack_block<S, T, 3>(row, block, b->mul, 3, b->pitch);
     else if (b->d == 5) pack_block<S, T, 5>(row, block, b->mul, 5, b->pitch);
     else if (b->d == 7) pack_block<S, T, 7>(row, block, b->mul, 7, b->pitch);
@@ -67,7 +80,8 @@ void unpack(S* to, const typename accumulate<S>::type* from, const ProductBlock*
   for (const ProductBlock* b = blocks; b != blocks + num_blocks; ++b) {
     const T* row = from + b->packed;
     S* block = to + b->first;
-    if (b->d == 1) unpack_block<S, T, 1>(block, row, b->mul, 1, b->pitch);
+    if (b->d == 1)
+      for (int64_t u = 0; u < b->mul; u += vec<T>::lanes) store_part(block + u, load(row + u), b->mul - u);
     else if (b->d == 3) unpack_block<S, T, 3>(block, row, b->mul, 3, b->pitch);
     else if (b->d == 5) unpack_block<S, T, 5>(block, row, b->mul, 5, b->pitch);
     else if (b->d == 7) unpack_block<S, T, 7>(block, row, b->mul, 7, b->pitch);
@@ -76,19 +90,6 @@ void unpack(S* to, const typename accumulate<S>::type* from, const ProductBlock*
 }
 
 // -- one path of one edge ------------------------------------------------------------------------------------------------
-
-// A vector of a row of `left` elements: what is beyond them reads as zero and is not written.
-template <class S>
-GEO_INLINE typename vec<typename accumulate<S>::type>::type load_part(const S* p, int64_t left) {
-  return left >= vec<typename accumulate<S>::type>::lanes ? load(p) : load_n(p, int(left));
-}
-template <class S, class V>
-GEO_INLINE void store_part(S* p, V v, int64_t left) {
-  if (left >= vec<typename accumulate<S>::type>::lanes)
-    store(p, v);
-  else
-    store_n(p, v, int(left));
-}
 
 template <class S, int NC>
 GEO_INLINE void load_weights(const S* weight, int64_t left, typename vec<typename accumulate<S>::type>::type (&w)[NC]) {
@@ -172,6 +173,29 @@ void differentiate(const typename accumulate<S>::type* in, const typename accumu
   }
 }
 
+// N rows of vectors in one, each row in a part of L / N lanes that are still to be added: with N = L, lane i is the sum of
+// row i.
+template <class T, int N>
+struct Fold {
+  using V = typename vec<T>::type;
+  static constexpr int L = vec<T>::lanes, W = L / N;
+
+  static GEO_MEMBER V rows(const T* from) {
+    const V a = Fold<T, N / 2>::rows(from), b = Fold<T, N / 2>::rows(from + N / 2 * L);
+    typename bits_of<V>::type low{}, high{};
+    GEO_UNROLL(16) for (int l = 0; l < L; ++l) {
+      const int part = l / W, lane = part % (N / 2) * 2 * W + l % W + (part < N / 2 ? 0 : L);
+      low[l] = lane;
+      high[l] = lane + W;
+    }
+    return __builtin_shuffle(a, b, low) + __builtin_shuffle(a, b, high);
+  }
+};
+template <class T>
+struct Fold<T, 1> {
+  static GEO_MEMBER typename vec<T>::type rows(const T* from) { return load(from); }
+};
+
 // f(first channel, Size<NC>) for panels of NC vectors
 template <class T, class F>
 GEO_INLINE void for_panels(int64_t pitch, F&& f) {
@@ -189,9 +213,29 @@ struct Runner {
   using V = typename vec<T>::type;
   static constexpr int64_t L = vec<T>::lanes;
 
+  // What a later edge reads, fetched a piece with each path of this one: all at once would hold up this edge's own loads.
+  struct Ahead {
+    const char *weight = nullptr, *in = nullptr;
+    int64_t weight_bytes = 0, in_bytes = 0, weight_step = 0, in_step = 0;
+
+    GEO_MEMBER void fetch() {
+      for (int64_t end = weight_bytes < weight_step ? 0 : weight_bytes - weight_step; weight_bytes > end;) {
+        __builtin_prefetch(weight);
+        weight += 64;
+        weight_bytes -= 64;
+      }
+      for (int64_t end = in_bytes < in_step ? 0 : in_bytes - in_step; in_bytes > end;) {
+        __builtin_prefetch(in);
+        in += 64;
+        in_bytes -= 64;
+      }
+    }
+  };
+
   const GatherProduct<S>& job;
   const GatherProductChunk<S>& chunk;
-  int64_t segment;
+  int64_t segment, distance;  // how many edges ahead
+  Ahead ahead;
   T *sum, *spare, *own, *sh, *matrices, *moment, *dsh, *dweight;
 
   static int64_t round_up(int64_t n) { return (n + L - 1) / L * L; }
@@ -209,6 +253,8 @@ struct Runner {
     moment = p, p += job.matrix_max * L;
     dweight = p;
     memset(own, 0, sizeof(T) * job.own_row);
+    distance = 12288 / (job.weight_stride * int64_t(sizeof(S)) + job.in_row * int64_t(sizeof(T)) + 1);
+    distance = distance < 2 ? 2 : distance > 8 ? 8 : distance;
     int64_t low = 0, high = job.num_segments;  // the last segment that starts at or before `begin`
     while (high - low > 1) {
       const int64_t middle = low + (high - low) / 2;
@@ -237,19 +283,28 @@ struct Runner {
 
   void prepare(const S* from) {
     for (int64_t j = 0; j < job.dim_sh; ++j) sh[j] = widen(from[j]);
-    for (const ProductPath* p = job.paths; p != job.paths + job.num_paths; ++p) {
-      const T* coefficients = job.coefficients + p->coefficients;
-      for (int64_t m = 0; m < p->matrix_size; m += L) {
-        V entry{};
-        for (int64_t j = 0; j < p->d_sh; ++j)
-          entry = matrix_step(entry, load(coefficients + j * p->matrix_size + m), sh[p->sh + j]);
-        store(matrices + p->matrix + m, entry);
-      }
+    for (const ProductMatrices* p = job.matrices; p != job.matrices + job.num_matrices; ++p) {
+      int64_t m = 0;
+      for (; m + 4 * L <= p->size; m += 4 * L) entries<4>(*p, m);
+      for (; m < p->size; m += L) entries<1>(*p, m);
     }
+  }
+  template <int N>
+  GEO_MEMBER void entries(const ProductMatrices& p, int64_t m) {
+    const T* coefficients = job.coefficients + p.coefficients + m;
+    V entry[N];
+    GEO_UNROLL(4) for (int n = 0; n < N; ++n) entry[n] = V{};
+    GEO_UNROLL(1) for (int64_t j = 0; j < p.d_sh; ++j) {
+      const T value = sh[p.sh + j];
+      GEO_UNROLL(4) for (int n = 0; n < N; ++n) entry[n] = matrix_step(entry[n], load(coefficients + n * L), value);
+      coefficients += p.size;
+    }
+    GEO_UNROLL(4) for (int n = 0; n < N; ++n) store(matrices + p.matrix + m + n * L, entry[n]);
   }
 
   void sum_messages(const T* in, const S* weight) {
     for (const ProductPath* p = job.paths; p != job.paths + job.num_paths; ++p) {
+      ahead.fetch();
       for_panels<T>(p->pitch, [&](int64_t c, auto width) {
         constexpr int NC = decltype(width)::value;
         const S* w = p->weight < 0 ? nullptr : weight + p->weight + c;
@@ -263,8 +318,9 @@ struct Runner {
   }
 
   void differentiate_edge(const T* in, const S* weight, int64_t edge) {
-    if (job.dsh) memset(dsh, 0, sizeof(T) * L * job.dim_sh);
+    if (job.dsh) memset(dsh, 0, sizeof(T) * L * round_up(job.dim_sh));
     for (const ProductPath* p = job.paths; p != job.paths + job.num_paths; ++p) {
+      ahead.fetch();
       const bool need_weight = p->weight >= 0 && (job.dweight || chunk.dweight);
       T* dw = chunk.dweight ? chunk.dweight + p->shared_weight : dweight;
       if (need_weight && !chunk.dweight) memset(dw, 0, sizeof(T) * p->pitch);
@@ -276,18 +332,23 @@ struct Runner {
                                 job.dsh ? moment + i * L : nullptr};
           i += with_depth(p->d_in - i, [&](auto depth) {
             differentiate<S, decltype(depth)::value, NC>(in + p->in + i * p->pitch + c, own + p->own + c, p->pitch, w,
-                                                         p->mul - c, matrices + p->matrix + i, p->d_in, p->d_own, c == 0, to);
+                                                         p->mul - c, matrices + p->matrix + i, p->d_in, p->d_own, c == 0,
+                                                         to);
           });
         }
       });
       if (need_weight && job.dweight) {
         S* to = job.dweight + edge * job.dim_weight + p->weight;
-        for (int64_t c = 0; c < p->mul; c += L) store_part(to + c, load(dw + c), p->mul - c);
+        if (job.stream && p->weight % L == 0 && p->mul % L == 0)
+          for (int64_t c = 0; c < p->mul; c += L) stream(to + c, load(dw + c));
+        else
+          for (int64_t c = 0; c < p->mul; c += L) store_part(to + c, load(dw + c), p->mul - c);
       }
       if (job.dsh) add_terms(*p);
     }
     if (job.dsh)
-      for (int64_t j = 0; j < job.dim_sh; ++j) narrow(sum_lanes<T>(load(dsh + j * L)), job.dsh + edge * job.dim_sh + j);
+      for (int64_t j = 0; j < job.dim_sh; j += L)
+        store_part(job.dsh + edge * job.dim_sh + j, Fold<T, int(L)>::rows(dsh + j * L), job.dim_sh - j);
   }
 
   void add_terms(const ProductPath& p) {
@@ -304,15 +365,21 @@ struct Runner {
     }
   }
 
-  void prefetch_edge(int64_t position) const {
-    if (position >= chunk.end) return;
+  Ahead look_ahead(int64_t position) const {
+    Ahead ahead;
+    if (position >= chunk.end) return ahead;
     const int64_t edge = job.perm ? job.perm[position] : position;
-    if (uint64_t(edge) >= uint64_t(job.num_edges)) return;
-    const S* weight = job.weight + edge * job.weight_stride;
-    for (int64_t c = 0; c < job.dim_weight; c += 64 / sizeof(S)) __builtin_prefetch(weight + c, 0, 2);
+    if (uint64_t(edge) >= uint64_t(job.num_edges)) return ahead;
     const int64_t row = job.in_index[edge];
-    if (uint64_t(row) >= uint64_t(job.num_in)) return;
-    for (int64_t c = 0; c < job.in_row; c += 64 / sizeof(T)) __builtin_prefetch(job.in + row * job.in_row + c, 0, 2);
+    if (uint64_t(row) >= uint64_t(job.num_in)) return ahead;
+    ahead.weight = reinterpret_cast<const char*>(job.weight + edge * job.weight_stride);
+    ahead.in = reinterpret_cast<const char*>(job.in + row * job.in_row);
+    ahead.weight_bytes = job.weight_stride * int64_t(sizeof(S));
+    ahead.in_bytes = job.in_row * int64_t(sizeof(T));
+    ahead.weight_step = (ahead.weight_bytes / job.num_paths + 63) / 64 * 64;
+    ahead.in_step = (ahead.in_bytes / job.num_paths + 63) / 64 * 64;
+    __builtin_prefetch(job.sh + edge * job.dim_sh);
+    return ahead;
   }
 
   Outcome run() {
@@ -328,7 +395,7 @@ struct Runner {
       if (uint64_t(edge) >= uint64_t(job.num_edges)) return {kEdgePerm, position};
       const int64_t row = job.in_index[edge];
       if (uint64_t(row) >= uint64_t(job.num_in)) return {kSrcIndex, edge};
-      prefetch_edge(position + 1);
+      ahead = look_ahead(position + distance);
       prepare(job.sh + edge * job.dim_sh);
       const T* in = job.in + row * job.in_row;
       const S* weight = job.weight + edge * job.weight_stride;
@@ -337,6 +404,7 @@ struct Runner {
       else
         sum_messages(in, weight);
     }
+    if (job.stream) stream_fence();
     finish_segment();
     while (segment + 1 < job.num_segments && (chunk.last || job.ptr[segment + 1] < chunk.end)) {  // empty ones
       ++segment;
