@@ -25,6 +25,7 @@ from geo.ops.gather_tensor_product import (
 )
 from geo.ops.gaunt import gaunt_product, gaunt_product_reference
 from geo.ops.gelu import gelu, gelu_reference
+from geo.ops.irreps import pack_irreps, pack_irreps_reference, unpack_irreps, unpack_irreps_reference
 from geo.ops.plan import SegmentPlan, csr_from_index, csr_from_index_reference
 from geo.ops.scatter import (
     scatter,
@@ -94,6 +95,8 @@ __all__ = [
     "gaunt_product_reference",
     "gelu",
     "gelu_reference",
+    "pack_irreps",
+    "pack_irreps_reference",
     "scatter",
     "scatter_add",
     "scatter_log_softmax",
@@ -130,4 +133,6 @@ __all__ = [
     "segment_sum_coo",
     "segment_sum_csr",
     "sort_by_index",
+    "unpack_irreps",
+    "unpack_irreps_reference",
 ]

@@ -77,7 +77,7 @@ def gaunt_product(
     _check_method(method, sizes[:3])
     op, rest = _op(method)
     out: Tensor = bounds.call("gaunt_product", op, (*operands, *sizes, bool(bracket), *rest))
-    return out.view(*lead, *out.shape[1:])
+    return out if len(lead) == 1 else out.view(*lead, *out.shape[1:])
 
 
 def _prepare(
@@ -103,18 +103,23 @@ def _prepare(
             raise TypeError(f"{name}: expected a floating-point tensor, got {scale.dtype}")
         tensors.append(scale)
     channels = _channels(tensors)
-    try:
-        lead = torch.broadcast_shapes(*(t.shape[:-2] for t in tensors))
-    except RuntimeError:
-        shapes = ", ".join(str(list(t.shape)) for t in tensors)
-        raise ValueError(f"the axes before the last two do not broadcast: {shapes}") from None
-    dtype = functools.reduce(torch.promote_types, (t.dtype for t in tensors))
+    lead, dtype = x.shape[:-2], x.dtype
+    if any(t.shape[:-2] != lead for t in tensors):
+        try:
+            lead = torch.broadcast_shapes(*(t.shape[:-2] for t in tensors))
+        except RuntimeError:
+            shapes = ", ".join(str(list(t.shape)) for t in tensors)
+            raise ValueError(f"the axes before the last two do not broadcast: {shapes}") from None
+    if any(t.dtype != dtype for t in tensors):
+        dtype = functools.reduce(torch.promote_types, (t.dtype for t in tensors))
     rows = math.prod(lead)
 
     def flat(t: Tensor | None, shared: bool) -> Tensor | None:
         if t is None:
             return None
-        t = t.to(dtype)
+        t = t if t.dtype == dtype else t.to(dtype)
+        if t.dim() == 3 and len(lead) == 1 and (t.size(0) == rows or (shared and t.size(0) == 1)):
+            return t
         if shared and math.prod(t.shape[:-2]) == 1:
             return t.reshape(1, *t.shape[-2:])
         return t.expand(*lead, *t.shape[-2:]).reshape(rows, *t.shape[-2:])
@@ -124,12 +129,13 @@ def _prepare(
 
 
 def _lmax(name: str, tensor: Tensor) -> int:
-    for lmax in range(_LMAX + 1):
-        if tensor.size(-2) == (lmax + 1) ** 2:
-            return lmax
+    size = tensor.size(-2)
+    lmax = math.isqrt(size) - 1
+    if (lmax + 1) ** 2 == size and 0 <= lmax <= _LMAX:
+        return lmax
     raise ValueError(
         f"{name}: expected [..., (L+1)^2, C] with L in [0, {_LMAX}], got shape {list(tensor.shape)}, "
-        f"where {tensor.size(-2)} is no such square"
+        f"where {size} is no such square"
     )
 
 
@@ -260,7 +266,7 @@ def gaunt_product_reference(
     operands, sizes, lead = _prepare(x, y, lmax_out, scale_x, scale_y, scale_out)
     _check_method(method, sizes[:3])
     out = _kernel(*operands, *sizes, bool(bracket), method)  # type: ignore[call-arg, arg-type]
-    return out.view(*lead, *out.shape[1:])
+    return out if len(lead) == 1 else out.view(*lead, *out.shape[1:])
 
 
 def _kernel(

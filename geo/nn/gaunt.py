@@ -12,11 +12,10 @@ from geo.o3.gaunt import (
     Signals,
     bracket_coefficient,
     gaunt_coefficient,
-    pack_signals,
     parse_signals,
     path_variances,
-    unpack_signals,
 )
+from geo.ops import pack_irreps, unpack_irreps
 from geo.ops.gaunt import METHODS, gaunt_product
 
 if TYPE_CHECKING:
@@ -177,7 +176,7 @@ class GauntTensorProduct(nn.Module):
         first = split_signals("x", x, self._in1, self.layout)
         second = split_signals("y", y, self._in2, self.layout)
         dense = self.multiply(first, second)
-        return dense if self.layout == "dense" else unpack_signals(dense, self._out)
+        return dense if self.layout == "dense" else flat(dense, self._out)
 
     def multiply(self, first: dict[int, Tensor], second: dict[int, Tensor], weight: Tensor | None = None) -> Tensor:
         """The product of dense signals, dense; `weight` [..., terms, L2+1, C] scales the degrees of the second."""
@@ -373,12 +372,18 @@ def split_signals(name: str, x: Tensor, signals: Signals, layout: str) -> dict[i
         if x.dim() < 2 or x.shape[-2:] != (signals.rows(), signals.mul):
             raise ValueError(f"{name} has shape {tuple(x.shape)}, but must be (..., {signals.rows()}, {signals.mul})")
     else:
-        size = max(block.stop for blocks in signals.blocks.values() for block in blocks)
-        if x.dim() < 1 or x.size(-1) != size:
-            raise ValueError(f"{name} has shape {tuple(x.shape)}, but must be (..., {size})")
-        x = pack_signals(x, signals)
+        if x.dim() < 1 or x.size(-1) != signals.size:
+            raise ValueError(f"{name} has shape {tuple(x.shape)}, but must be (..., {signals.size})")
+        x = pack_irreps(x, signals.row_degrees, signals.row_starts, signals.mul)
     true = (signals.lmax(1) + 1) ** 2
+    if true in (0, signals.rows()):  # there is one signal
+        return {1: x if true else x[..., :0, :], -1: x[..., :0, :] if true else x}
     return {1: x[..., :true, :], -1: x[..., true:, :]}
+
+
+def flat(x: Tensor, signals: Signals) -> Tensor:
+    """Dense rows in e3nn's layout."""
+    return unpack_irreps(x, signals.row_degrees, signals.row_starts, signals.mul, signals.size)
 
 
 def _input_factors(lmax: int, bracket: bool) -> Tensor:

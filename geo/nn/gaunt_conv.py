@@ -12,9 +12,9 @@ from torch_geometric.nn import MessagePassing
 from torch_geometric.nn.aggr import Aggregation
 
 from geo.nn.aggr import MeanAggregation, SumAggregation
-from geo.nn.gaunt import GauntTensorProduct, mixed, split_signals
+from geo.nn.gaunt import GauntTensorProduct, flat, mixed, split_signals
 from geo.nn.kernel_basis import radial_window
-from geo.o3.gaunt import parse_signals, unpack_signals
+from geo.o3.gaunt import parse_signals
 from geo.o3.harmonics import solid_harmonics
 from geo.ops import SegmentPlan, gather_coo
 
@@ -199,7 +199,7 @@ class GauntConv(MessagePassing):  # type: ignore[misc]
             parts = (out[:, : true**2], self.weight[:true]), (out[:, true**2 :], self.weight[true:])
             out = torch.cat([mixed(part, w.to(part) * w.size(1) ** -0.5) for part, w in parts if len(w)], -2)
         out = out.to(x.dtype)
-        return out if self.layout == "dense" else unpack_signals(out, self._out)
+        return out if self.layout == "dense" else flat(out, self._out)
 
     def message(self, sent: Tensor, harmonics: Tensor, weight: Tensor) -> Tensor:
         """The products of the senders' functions with the filters of the edges, in dense rows."""

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from geo.nn.gaunt import split_signals
-from geo.o3.gaunt import Signals, parse_signals, unpack_signals
+from geo.nn.gaunt import flat, split_signals
+from geo.o3.gaunt import Signals, parse_signals
 from geo.o3.sphere_grid import SphereGrid
 from geo.ops import SegmentPlan, gather_coo
 
@@ -129,7 +129,7 @@ class GauntPower(nn.Module):
                 total = term if total is None else total + term
         assert total is not None
         total = total.to(dtype)
-        return total if self.layout == "dense" else unpack_signals(total, self._out)
+        return total if self.layout == "dense" else flat(total, self._out)
 
     def _powers(self, signals: dict[int, Tensor]) -> list[Tensor]:
         """Coefficients of every power, in the rows of the output."""

@@ -41,10 +41,16 @@ class Block(NamedTuple):
 
 
 class Signals(NamedTuple):
-    """What irreps say of signals: channels, and the blocks of the true (1) and of the pseudo (-1) one."""
+    """What irreps say of signals: channels, and the blocks of the true (1) and of the pseudo (-1) one.
+
+    In the order of the dense rows: the degrees, and where each begins in the flat layout (-1: it is absent).
+    """
 
     mul: int
     blocks: dict[int, list[Block]]
+    row_degrees: list[int]
+    row_starts: list[int]
+    size: int
 
     def lmax(self, parity: int) -> int:
         """Highest degree of a signal, -1 where there is none."""
@@ -77,7 +83,13 @@ def parse_signals(irreps: str | Irreps, name: str = "irreps") -> Signals:
         if any(block.l == ir.l for block in blocks[parity]):
             raise ValueError(f"{name} is '{parsed}', which has {ir} twice: merge them with .sort().irreps.simplify()")
         blocks[parity].append(Block(ir.l, where.start, where.stop))
-    return Signals(parsed[0].mul, blocks)
+    degrees: list[int] = []
+    starts: list[int] = []
+    for parity in (1, -1):
+        at = {block.l: block.start for block in blocks[parity]}
+        degrees += range(max(at, default=-1) + 1)
+        starts += [at.get(l, -1) for l in range(max(at, default=-1) + 1)]
+    return Signals(parsed[0].mul, blocks, degrees, starts, parsed.dim)
 
 
 def pack(x: Tensor, irreps: str | Irreps) -> Tensor:
@@ -99,23 +111,15 @@ def pack(x: Tensor, irreps: str | Irreps) -> Tensor:
         torch.Size([5, 4, 8])
     """
     signals = parse_signals(irreps)
-    size = max((b.stop for blocks in signals.blocks.values() for b in blocks), default=0)
-    if x.dim() < 1 or x.size(-1) != size:
-        raise ValueError(f"x has shape {tuple(x.shape)}, but irreps '{irreps}' need (..., {size})")
-    return pack_signals(x, signals)
-
-
-def pack_signals(x: Tensor, signals: Signals) -> Tensor:
-    """:func:`pack` with the irreps read and the shapes known to fit."""
+    if x.dim() < 1 or x.size(-1) != signals.size:
+        raise ValueError(f"x has shape {tuple(x.shape)}, but irreps '{irreps}' need (..., {signals.size})")
     rows = []
-    for parity in (1, -1):
-        at = {block.l: block for block in signals.blocks[parity]}
-        for l in range(signals.lmax(parity) + 1):
-            if l in at:
-                block = x[..., at[l].start : at[l].stop].unflatten(-1, (signals.mul, 2 * l + 1))
-                rows.append(block.transpose(-1, -2))
-            else:
-                rows.append(x.new_zeros(*x.shape[:-1], 2 * l + 1, signals.mul))
+    for l, start in zip(signals.row_degrees, signals.row_starts, strict=True):
+        n = 2 * l + 1
+        if start >= 0:
+            rows.append(x[..., start : start + signals.mul * n].unflatten(-1, (signals.mul, n)).transpose(-1, -2))
+        else:
+            rows.append(x.new_zeros(*x.shape[:-1], n, signals.mul))
     return torch.cat(rows, -2)
 
 
@@ -142,11 +146,6 @@ def unpack(x: Tensor, irreps: str | Irreps) -> Tensor:
         raise ValueError(
             f"x has shape {tuple(x.shape)}, but irreps '{irreps}' need (..., {signals.rows()}, {signals.mul})"
         )
-    return unpack_signals(x, signals)
-
-
-def unpack_signals(x: Tensor, signals: Signals) -> Tensor:
-    """:func:`unpack` with the irreps read and the shapes known to fit."""
     placed: list[tuple[int, int, Tensor]] = []
     for parity, first in ((1, 0), (-1, (signals.lmax(1) + 1) ** 2)):
         for block in signals.blocks[parity]:
