@@ -216,9 +216,9 @@ GEO_HD_INLINE void unrolled(F&& f) {
   }
 }
 
-// out = the product of x and y. T is the type of the couplings.
-template <int L1, int L2, int L3, bool kBracket, class T, class V>
-GEO_HD_INLINE void straight_product(const V* x, const V* y, V* out) {
+// out = the product of x and y, which are pointers to V or have its operator[]. T is the type of the couplings.
+template <int L1, int L2, int L3, bool kBracket, class T, class V, class X, class Y, class Out>
+GEO_HD_INLINE void straight_product(const X& x, const Y& y, const Out& out) {
   using Table = StraightTable<L1, L2, L3, kBracket>;
   V sum[square(L3 + 1)];
   unrolled<0, square(L3 + 1)>([&](auto k) GEO_INLINED { sum[k.value] = V{}; });

@@ -8,15 +8,25 @@ namespace geo {
 namespace GEO_SIMD_NAMESPACE {
 namespace {
 
-constexpr int kTile = kRegisters == 32 ? 8 : 4;  // nodes whose sums stay in registers
-constexpr int kRows = 4;                         // degrees likewise, on the way back
+constexpr int kTile = 4;  // nodes whose sums stay in registers
+constexpr int kRows = 4;  // degrees likewise, on the way back
+
+// The rows of an operand for one vector of channels: where they are in memory, or staged one after the other.
+template <class T>
+struct Rows {
+  T* data;
+  int64_t stride;
+  inline __attribute__((always_inline)) typename vec<T>::loose& operator[](int i) const {
+    return *reinterpret_cast<typename vec<T>::loose*>(data + i * stride);
+  }
+};
 
 // -- separable ---------------------------------------------------------------------------------------------------------
 enum class Field { kPlain, kTurn, kMinusTurn };  // kTurn: times -i m, the slope in the azimuth
 
 // The series of x at kNodes nodes from q on and at their mirrors: `grid` has one a node, the mirrors behind.
 template <int kNodes, bool kWide, class T, class V>
-GEO_NOINLINE void to_polar(const V* x, int lmax, const T* table, int half, int q, bool slope, Field field, V* grid) {
+GEO_NOINLINE void to_polar(Rows<T> x, int lmax, const T* table, int half, int q, bool slope, Field field, V* grid) {
   const int size = kWide ? wide_size(lmax) : series_size(lmax), second = kWide ? wide_part(lmax) : lmax + 1;
   if (kWide) grid += wide_zero(lmax);
   const bool swap = field != Field::kPlain;
@@ -63,7 +73,7 @@ GEO_NOINLINE void to_polar(const V* x, int lmax, const T* table, int half, int q
 
 // out_l for kCount degrees l, l + 2, ...: the sum over the nodes of their Legendre functions times one part of the series.
 template <int kCount, class T, class V>
-GEO_NOINLINE void from_polar(const V* series, int size, const T* table, int half, V* out, int l, int m) {
+GEO_NOINLINE void from_polar(const V* series, int size, const T* table, int half, Rows<T> out, int l, int m) {
   V sum[kCount];
   GEO_UNROLL(4) for (int t = 0; t < kCount; ++t) sum[t] = V{};
   GEO_UNROLL(1) for (int q = 0; q < half; ++q) {
@@ -113,7 +123,7 @@ GEO_NOINLINE void convolve_pair(const GauntProduct<T>& job, const Grid<T, V>& gr
 }
 
 template <int kNodes, class T, class V>
-GEO_INLINE void nodes(const GauntProduct<T>& job, const V* x, const V* y, int q, int half, int equator,
+GEO_INLINE void nodes(const GauntProduct<T>& job, Rows<T> x, Rows<T> y, int q, int half, int equator,
                       const Grid<T, V>& grid, V* series) {
   const bool bracket = job.bracket;
   to_polar<kNodes, false>(x, job.L1, job.in[0][0], half, q, bracket, Field::kPlain, grid.x[0]);
@@ -137,7 +147,7 @@ GEO_INLINE void nodes(const GauntProduct<T>& job, const V* x, const V* y, int q,
 }
 
 template <class T, class V>
-void separable_product(const GauntProduct<T>& job, const V* x, const V* y, V* out, V* scratch) {
+void separable_product(const GauntProduct<T>& job, Rows<T> x, Rows<T> y, Rows<T> out, V* scratch) {
   const int L3 = job.L3, degree = job.L1 + job.L2 + L3, half = polar_half(degree), size = series_size(L3);
   const int equator = polar_nodes(degree) % 2 ? half - 1 : half;
   V* series = scratch;  // even parts at all nodes, then odd parts
@@ -150,12 +160,6 @@ void separable_product(const GauntProduct<T>& job, const V* x, const V* y, V* ou
       case 2: nodes<2>(job, x, y, q, half, equator, grid, series); break;
       case 3: nodes<3>(job, x, y, q, half, equator, grid, series); break;
       case 4: nodes<4>(job, x, y, q, half, equator, grid, series); break;
-#if GEO_SIMD_LEVEL == 2
-      case 5: nodes<5>(job, x, y, q, half, equator, grid, series); break;
-      case 6: nodes<6>(job, x, y, q, half, equator, grid, series); break;
-      case 7: nodes<7>(job, x, y, q, half, equator, grid, series); break;
-      case 8: nodes<8>(job, x, y, q, half, equator, grid, series); break;
-#endif
     }
     q += count;
   }
@@ -178,7 +182,7 @@ void separable_product(const GauntProduct<T>& job, const V* x, const V* y, V* ou
 
 // -- sparse ------------------------------------------------------------------------------------------------------------
 template <class T, class V>
-void sparse_product(const GauntProduct<T>& job, const V* x, const V* y, V* out, V* scratch) {
+void sparse_product(const GauntProduct<T>& job, Rows<T> x, Rows<T> y, Rows<T> out, V* scratch) {
   for (int p = 0; p < job.num_pairs; ++p) {
     const int i = job.i[p], j = job.j[p];
     V product = x[i] * y[j];
@@ -198,11 +202,11 @@ void sparse_product(const GauntProduct<T>& job, const V* x, const V* y, V* out, 
 }
 
 template <class T, class V>
-using Product = void (*)(const GauntProduct<T>&, const V* x, const V* y, V* out, V* scratch);
+using Product = void (*)(const GauntProduct<T>&, Rows<T> x, Rows<T> y, Rows<T> out, V* scratch);
 
 template <int L1, int L2, int L3, bool kBracket>
-void straight(const GauntProduct<float>&, const vfloat* x, const vfloat* y, vfloat* out, vfloat*) {
-  straight_product<L1, L2, L3, kBracket, float>(x, y, out);
+void straight(const GauntProduct<float>&, Rows<float> x, Rows<float> y, Rows<float> out, vfloat*) {
+  straight_product<L1, L2, L3, kBracket, float, vfloat>(x, y, out);
 }
 
 // The kernel of degrees that has_straight.
@@ -235,11 +239,7 @@ GEO_INLINE void stage_row(const GauntOperand<S>& from, int64_t row, int64_t c, i
   if (from.channels == 1) {
     for (int i = 0; i < size; ++i) to[i] = V{} + widen(data[i]);
   } else if (n == lanes) {
-    const S* next = data + size * from.channels;  // the row after this; beyond the last one it is not read
-    for (int i = 0; i < size; ++i) {
-      to[i] = load(data + i * from.channels + c);
-      prefetch(next + i * from.channels + c);
-    }
+    for (int i = 0; i < size; ++i) to[i] = load(data + i * from.channels + c);
   } else {
     for (int i = 0; i < size; ++i) to[i] = load_n(data + i * from.channels + c, n);
   }
@@ -259,6 +259,24 @@ GEO_INLINE void scale_row(const GauntOperand<S>& from, int64_t row, int64_t c, i
     const V scale = scale_of<S, V>(from, row, c, n, l);
     for (int i = l * l; i < (l + 1) * (l + 1); ++i) to[i] *= scale;
   }
+}
+
+// The rows as they are in memory where nothing is to be done to them, else staged at `to`.
+template <class S, class V>
+GEO_INLINE Rows<typename accumulate<S>::type> rows_of(const GauntOperand<S>& from, int64_t row, int64_t c, int n, V* to) {
+  using T = typename accumulate<S>::type;
+  if constexpr (sizeof(S) == sizeof(T)) {
+    if (n == vec<T>::lanes && from.channels != 1 && !from.scale) {
+      const int size = square(from.lmax + 1);
+      const S* data = from.data + row * size * from.channels;
+      const S* next = data + size * (from.channels + c);  // a share of the row after this, in the order of memory
+      for (int i = 0; i < size; ++i) prefetch(next + i * vec<T>::lanes);
+      return {const_cast<T*>(data) + c, from.channels};
+    }
+  }
+  stage_row(from, row, c, n, to);
+  scale_row(from, row, c, n, to);
+  return {reinterpret_cast<T*>(to), vec<T>::lanes};
 }
 
 template <class S>
@@ -308,14 +326,15 @@ void run(const Gaunt<S>& job, int64_t begin, int64_t end, typename accumulate<S>
   const Product<T, V> product = job.product.form == GauntForm::kStraight ? straight_kernel(job.product)
                                 : job.product.form == GauntForm::kSparse ? sparse_product<T, V>
                                                                  : separable_product<T, V>;
+  const auto staged = [](V* rows) { return Rows<T>{reinterpret_cast<T*>(rows), lanes}; };
   if (job.samples) {
     for (int i = 0; i < d1 + d2; ++i) x[i] = V{};  // the lanes that the last vector does not fill
     for (int64_t first = begin; first < end; first += lanes) {
       const int n = int(end - first < lanes ? end - first : lanes);
       stage_samples(job.x, first, n, job.C, reinterpret_cast<T*>(x));
       stage_samples(job.y, first, n, job.C, reinterpret_cast<T*>(y));
-      product(job.product, x, y, z, scratch);
       const T* from = reinterpret_cast<const T*>(z);
+      product(job.product, staged(x), staged(y), staged(z), scratch);
       for_runs(first, n, job.C, [&](int lane, int count, int64_t row, int64_t c) {
         S* out = job.out + row * d3 * job.C;
         for (int l = 0; l <= job.z.lmax; ++l)
@@ -334,27 +353,27 @@ void run(const Gaunt<S>& job, int64_t begin, int64_t end, typename accumulate<S>
   }
   const bool x_shared = is_shared(job.x), y_shared = is_shared(job.y);
   for (int64_t row = begin; row < end; ++row) {
+    Rows<T> first{}, second{};
     for (int64_t c = 0; c < job.C; c += lanes) {
       const int n = int(job.C - c < lanes ? job.C - c : lanes);
-      if (c == 0 || !x_shared) {
-        stage_row(job.x, row, c, n, x);
-        scale_row(job.x, row, c, n, x);
+      if (c == 0 || !x_shared) first = rows_of(job.x, row, c, n, x);
+      if (c == 0 || !y_shared) second = rows_of(job.y, row, c, n, y);
+      S* out = job.out + row * d3 * job.C + c;
+      if constexpr (sizeof(S) == sizeof(T)) {
+        if (n == lanes && !job.sum && !job.z.scale) {
+          product(job.product, first, second, {out, job.C}, scratch);
+          continue;
+        }
       }
-      if (c == 0 || !y_shared) {
-        stage_row(job.y, row, c, n, y);
-        scale_row(job.y, row, c, n, y);
-      }
-      product(job.product, x, y, z, scratch);
+      product(job.product, first, second, staged(z), scratch);
       scale_row(job.z, row, c, n, z);
       if (job.sum) {
         for (int i = 0; i < d3; ++i) total[i] = c ? total[i] + z[i] : z[i];
-        continue;
-      }
-      S* out = job.out + row * d3 * job.C + c;
-      if (n == lanes)
+      } else if (n == lanes) {
         for (int i = 0; i < d3; ++i) store(out + i * job.C, z[i]);
-      else
+      } else {
         for (int i = 0; i < d3; ++i) store_n(out + i * job.C, z[i], n);
+      }
     }
     if (job.sum)
       for (int i = 0; i < d3; ++i) narrow(sum_lanes<T>(total[i]), job.out + row * d3 + i);
