@@ -1,8 +1,11 @@
 #pragma once
 // What both launchers of gaunt_product check and choose.
 #include <algorithm>
+#include <map>
+#include <mutex>
 #include <optional>
 #include <string>
+#include <tuple>
 
 #include "dispatch.h"
 #include "gaunt.h"
@@ -41,9 +44,53 @@ inline int64_t check_gaunt(const char* op, const GauntArguments& a) {
   return C;
 }
 
-// 'auto': straight kernels where there are any; lists of couplings while they are shorter than about the separable form.
-inline bool gaunt_takes_sparse(int64_t lmax_x, int64_t lmax_y, int64_t lmax_out, bool) {
-  return has_straight(int(lmax_x), int(lmax_y), int(lmax_out));
+// Vector operations of the list of couplings and of the separable form, per sample.
+struct GauntCost {
+  int64_t sparse, separable;
+};
+inline GauntCost gaunt_cost(int L1, int L2, int L3, bool bracket) {
+  GauntCost cost{0, 0};
+  for (int l1 = 0; l1 <= L1; ++l1)
+    for (int m1 = -l1; m1 <= l1; ++m1)
+      for (int l2 = 0; l2 <= L2; ++l2)
+        for (int m2 = -l2; m2 <= l2; ++m2) {
+          const int i = l1 * l1 + l1 + m1, j = l2 * l2 + l2 + m2;
+          if (i > j && i < square(L2 + 1) && j < square(L1 + 1)) continue;  // stands with (j, i)
+          const int a = m1 < 0 ? -m1 : m1, b = m2 < 0 ? -m2 : m2, orders[2] = {a + b, a < b ? b - a : a - b};
+          const bool sine = ((m1 < 0) != (m2 < 0)) != bracket;  // of the output's azimuth
+          int64_t terms = 0;
+          for (int k = 0; k < (orders[0] == orders[1] ? 1 : 2); ++k) {
+            if (sine && orders[k] == 0) continue;
+            for (int l3 = larger(orders[k], l1 > l2 ? l1 - l2 : l2 - l1); l3 <= smaller(L3, l1 + l2); ++l3)
+              terms += (l1 + l2 + l3 + bracket) % 2 == 0;
+          }
+          if (terms) cost.sparse += 2 + terms;
+        }
+  const int64_t half = polar_half(L1 + L2 + L3), fields = bracket ? 2 : 1;
+  int64_t products = 0;
+  for (int c = 0; c <= L3; ++c)
+    products += 4 * (larger(0, smaller(L1, c + L2) - larger(0, c - L2) + 1) + larger(0, smaller(L1, L2 - c)));
+  cost.separable = fields * half * (square(L1 + 1) + square(L2 + 1)) + half * square(L3 + 1) +
+                   polar_nodes(L1 + L2 + L3) * fields * products;
+  return cost;
+}
+
+// 'auto': straight kernels where there are any, else the shorter list of operations. Operations of a list are worth as many
+// of the separable form, and those of brackets 0.7: the crossover measured on a CPU (benchmarks/tensor_products.md).
+inline bool gaunt_takes_sparse(int64_t lmax_x, int64_t lmax_y, int64_t lmax_out, bool bracket) {
+  constexpr int64_t kMostSparse = 12;
+  if (std::max({lmax_x, lmax_y, lmax_out}) > kMostSparse) return false;
+  const int L1 = int(lmax_x), L2 = int(lmax_y), L3 = int(lmax_out);
+  if (has_straight(L1, L2, L3)) return true;
+  static std::mutex mutex;
+  static std::map<std::tuple<int, int, int, bool>, bool> kept;
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto [place, is_new] = kept.try_emplace({L1, L2, L3, bracket}, false);
+  if (is_new) {
+    const GauntCost cost = gaunt_cost(L1, L2, L3, bracket);
+    place->second = cost.sparse * 10 <= cost.separable * (bracket ? 7 : 10);
+  }
+  return place->second;
 }
 
 }  // namespace geo

@@ -52,6 +52,28 @@ def info(file: TextIO | None = None) -> None:
     rows += [(f"{kind} kernels", status) for kind, status in _native.build_info().items()]
     if torch.cuda.is_available():
         rows += [("cuda device", torch.cuda.get_device_name())]
+    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    rows += [(f"gaunt 'auto', {device}", _gaunt_methods(device)) for device in devices]
     rows += [("threads", f"{torch.get_num_threads()} (of {os.cpu_count()} cores)")]
     width = max(len(name) for name, _ in rows)
     print("\n".join(f"{name:<{width}}  {value}" for name, value in rows), file=file)
+
+
+def _gaunt_methods(device: str) -> str:
+    """What ``method='auto'`` of the Gaunt products means where all degrees are L: "sparse for L = 0-4, ..."."""
+    import itertools
+
+    import torch
+
+    from geo.ops.gaunt import auto_method
+
+    like, kinds = torch.empty(0, device=device), []
+    for name, bracket in (("product", False), ("bracket", True)):
+        found = [auto_method(like, l, l, l, bracket) for l in range(13)]
+        runs = [(method, [l for l, _ in run]) for method, run in itertools.groupby(enumerate(found), lambda lm: lm[1])]
+        words = [
+            f"{method} for L = {degrees[0]}-{degrees[-1]}" if i + 1 < len(runs) else f"{method} above"
+            for i, (method, degrees) in enumerate(runs)
+        ]
+        kinds.append(f"{name} {', '.join(words)}")
+    return "; ".join(kinds)
