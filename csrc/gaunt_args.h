@@ -6,16 +6,25 @@
 #include <optional>
 #include <string>
 #include <tuple>
+#include <vector>
 
 #include "dispatch.h"
 #include "gaunt.h"
 
 namespace geo {
 
+// Where the degrees of x, y and the output begin in rows of e3nn's layout (-1: absent), and how many channels x and y have;
+// rows of the output have `size` elements.
+struct GauntLayout {
+  const std::vector<int64_t>&x, &y, &out;
+  int64_t mul_x, mul_y, size;
+};
+
 struct GauntArguments {
   const Tensor &x, &y;
   const std::optional<Tensor>&scale_x, &scale_y, &scale_out;
   int64_t lmax_x, lmax_y, lmax_out, channels;
+  const GauntLayout* layout;  // null: x and y are [R, (L+1)^2, C]
 };
 
 // Returns the channels of the product: `channels`, or all that are summed where that is one.
@@ -24,19 +33,43 @@ inline int64_t check_gaunt(const char* op, const GauntArguments& a) {
   const Tensor& x = a.x;
   int64_t C = a.channels;
   STD_TORCH_CHECK(C >= 0, op, ": channels must not be negative");
-  const auto check = [&](const Tensor& t, const char* name, int64_t lmax, int64_t rows, bool shared) {
+  const auto agree = [&](const char* name, int64_t channels) {
+    if (channels == 1) return;
+    STD_TORCH_CHECK(C == 1 || C == channels, op, ": ", name, " has ", channels, " channels, others ", C);
+    C = channels;
+  };
+  const auto same = [&](const Tensor& t, int64_t lmax) {
     STD_TORCH_CHECK(0 <= lmax && lmax <= kMost, op, ": a degree lies in [0, ", kMost, "], got ", lmax);
-    STD_TORCH_CHECK(t.dim() == 3 && t.size(1) == rows && (t.size(0) == x.size(0) || (shared && t.size(0) == 1)), op, ": ",
-                    name, " must be [R, ", rows, ", C]");
     STD_TORCH_CHECK(t.scalar_type() == x.scalar_type(), op, ": all tensors must have one dtype");
     STD_TORCH_CHECK(t.get_device_index() == x.get_device_index(), op, ": all tensors must be on one device");
-    if (t.size(2) == 1) return;
-    STD_TORCH_CHECK(C == 1 || C == t.size(2), op, ": ", name, " has ", t.size(2), " channels, others ", C);
-    C = t.size(2);
   };
-  STD_TORCH_CHECK(x.dim() == 3, op, ": x must be [R, (L+1)^2, C]");
-  check(x, "x", a.lmax_x, (a.lmax_x + 1) * (a.lmax_x + 1), false);
-  check(a.y, "y", a.lmax_y, (a.lmax_y + 1) * (a.lmax_y + 1), false);
+  const auto check = [&](const Tensor& t, const char* name, int64_t lmax, int64_t rows, bool shared) {
+    same(t, lmax);
+    STD_TORCH_CHECK(t.dim() == 3 && t.size(1) == rows && (t.size(0) == x.size(0) || (shared && t.size(0) == 1)), op, ": ",
+                    name, " must be [R, ", rows, ", C]");
+    agree(name, t.size(2));
+  };
+  const auto check_blocks = [&](const char* name, const std::vector<int64_t>& starts, int64_t lmax, int64_t mul, int64_t size) {
+    STD_TORCH_CHECK(int64_t(starts.size()) == lmax + 1 && mul >= 0, op, ": ", name, " needs a start for each degree");
+    for (int64_t l = 0; l <= lmax; ++l)
+      STD_TORCH_CHECK(starts[size_t(l)] >= -1 && (starts[size_t(l)] < 0 || starts[size_t(l)] + mul * (2 * l + 1) <= size), op,
+                      ": a block of ", name, " lies outside its rows");
+  };
+  if (a.layout) {
+    const GauntLayout& layout = *a.layout;
+    same(x, a.lmax_x);
+    same(a.y, a.lmax_y);
+    STD_TORCH_CHECK(x.dim() == 2 && a.y.dim() == 2 && a.y.size(0) == x.size(0), op, ": x and y must be [R, F]");
+    check_blocks("x", layout.x, a.lmax_x, layout.mul_x, x.size(1));
+    check_blocks("y", layout.y, a.lmax_y, layout.mul_y, a.y.size(1));
+    check_blocks("the output", layout.out, a.lmax_out, a.channels, layout.size);
+    agree("x", layout.mul_x);
+    agree("y", layout.mul_y);
+  } else {
+    STD_TORCH_CHECK(x.dim() == 3, op, ": x must be [R, (L+1)^2, C]");
+    check(x, "x", a.lmax_x, (a.lmax_x + 1) * (a.lmax_x + 1), false);
+    check(a.y, "y", a.lmax_y, (a.lmax_y + 1) * (a.lmax_y + 1), false);
+  }
   if (a.scale_x) check(*a.scale_x, "scale_x", a.lmax_x, a.lmax_x + 1, true);
   if (a.scale_y) check(*a.scale_y, "scale_y", a.lmax_y, a.lmax_y + 1, true);
   STD_TORCH_CHECK(0 <= a.lmax_out && a.lmax_out <= kMost, op, ": a degree lies in [0, ", kMost, "], got ", a.lmax_out);

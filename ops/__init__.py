@@ -24,6 +24,7 @@ from geo.ops.gather_tensor_product import (
     gather_tensor_product_segment_sum_reference,
 )
 from geo.ops.gaunt import gaunt_product, gaunt_product_reference
+from geo.ops.gaunt_irreps import Blocks, gaunt_product_irreps
 from geo.ops.gelu import gelu, gelu_reference
 from geo.ops.irreps import pack_irreps, pack_irreps_reference, unpack_irreps, unpack_irreps_reference
 from geo.ops.plan import SegmentPlan, csr_from_index, csr_from_index_reference
@@ -73,6 +74,7 @@ from geo.ops.segment_softmax import (
 _native.load()
 
 __all__ = [
+    "Blocks",
     "SegmentPlan",
     "check_bounds",
     "csr_from_index",
@@ -92,6 +94,7 @@ __all__ = [
     "gather_tensor_product_segment_sum",
     "gather_tensor_product_segment_sum_reference",
     "gaunt_product",
+    "gaunt_product_irreps",
     "gaunt_product_reference",
     "gelu",
     "gelu_reference",

@@ -74,7 +74,7 @@ def gaunt_product(
         torch.Size([5, 9, 8])
     """
     operands, sizes, lead = _prepare(x, y, lmax_out, scale_x, scale_y, scale_out)
-    _check_method(method, sizes[:3])
+    check_method(method, sizes[:3])
     op, rest = _op(method)
     out: Tensor = bounds.call("gaunt_product", op, (*operands, *sizes, bool(bracket), *rest))
     return out if len(lead) == 1 else out.view(*lead, *out.shape[1:])
@@ -150,7 +150,8 @@ def _channels(tensors: Sequence[Tensor]) -> int:
     return found
 
 
-def _check_method(method: str, lmax: tuple[int, int, int]) -> None:
+def check_method(method: str, lmax: tuple[int, int, int]) -> None:
+    """Raise ValueError for a method that is none, or that these degrees are too high for."""
     if method not in METHODS:
         raise ValueError(f"method is {method!r}, but must be one of {', '.join(map(repr, METHODS))}")
     if method == "sparse" and max(lmax) > _LMAX_SPARSE:
@@ -264,7 +265,7 @@ def gaunt_product_reference(
 ) -> Tensor:
     """:func:`gaunt_product` by matrix products: the specification, also under torch.func."""
     operands, sizes, lead = _prepare(x, y, lmax_out, scale_x, scale_y, scale_out)
-    _check_method(method, sizes[:3])
+    check_method(method, sizes[:3])
     out = _kernel(*operands, *sizes, bool(bracket), method)  # type: ignore[call-arg, arg-type]
     return out if len(lead) == 1 else out.view(*lead, *out.shape[1:])
 
@@ -373,24 +374,38 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
     x, y, *scales = ctx.saved_tensors
     *lmax, _, bracket = ctx.options
-    op, rest = _op(ctx.method)
-    slots, need = (x, y, g), ctx.needs_input_grad
+    _, rest = _op(ctx.method)
+    grads = gradients([x, y, g], scales, lmax, bracket, ctx.method, ctx.needs_input_grad)
+    return (*grads, *(None,) * (5 + len(rest)))
+
+
+def gradients(
+    slots: list[Tensor],
+    scales: list[Tensor | None],
+    lmax: list[int],
+    bracket: bool,
+    method: str,
+    need: Sequence[bool],
+) -> list[Tensor | None]:
+    """Of x, y and the scales, where needed; the slots are those and the gradient of the output."""
+    op, rest = _op(method)
     d_slots: list[Tensor | None] = [None, None, None]
     d_scales: list[Tensor | None] = [None, None, None]
     for i in range(3):
         j, k = (i + 1) % 3, (i + 2) % 3
-        need_slot, need_scale = i < 2 and need[i], scales[i] is not None and need[2 + i]
+        scale = scales[i]
+        need_slot, need_scale = i < 2 and need[i], scale is not None and need[2 + i]
         arguments = (slots[j], slots[k], scales[j], scales[k])
         options = (lmax[j], lmax[k], lmax[i])
-        if need_scale:
+        if scale is not None and need_scale:
             full = _channels([t for t in (*arguments, slots[i]) if t is not None])
             raw = op(*arguments, None, *options, full, bracket, *rest)
-            d_scales[i] = _reduced(_degree_sums(raw * slots[i], lmax[i]), scales[i])
+            d_scales[i] = _reduced(_degree_sums(raw * slots[i], lmax[i]), scale)
             if need_slot:
-                d_slots[i] = _reduced(raw * _spread(scales[i]), slots[i])
+                d_slots[i] = _reduced(raw * _spread(scale), slots[i])
         elif need_slot:
-            d_slots[i] = op(*arguments, scales[i], *options, slots[i].size(2), bracket, *rest)
-    return (*d_slots[:2], *d_scales, *(None,) * (5 + len(rest)))
+            d_slots[i] = op(*arguments, scale, *options, slots[i].size(2), bracket, *rest)
+    return [*d_slots[:2], *d_scales]
 
 
 def _degree_sums(x: Tensor, lmax: int) -> Tensor:

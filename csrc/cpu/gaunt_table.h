@@ -8,12 +8,15 @@
 
 namespace geo {
 
-// Coefficients [R, (lmax+1)^2, channels] and the factors of their degrees [R or 1, lmax+1, scale_channels], or null.
+// Coefficients [R, (lmax+1)^2, channels], or in e3nn's layout: degree l is a block [channels, 2l+1] from starts[l] on in rows
+// of `row` elements, or absent (-1). And the factors of the degrees [R or 1, lmax+1, scale_channels], or null.
 template <class S>
 struct GauntOperand {
   const S* data;
   const S* scale;
   int64_t channels, scale_channels, scale_row;  // scale_row: elements from row to row, 0 where all share one
+  int64_t row;
+  const int64_t* starts;  // null: not in e3nn's layout
   int lmax;
 };
 
@@ -36,7 +39,7 @@ template <class S>
 struct Gaunt {
   GauntProduct<typename accumulate<S>::type> product;
   GauntOperand<S> x, y, z;  // z.data is null: the output stands beside it
-  S* out;                   // [R, (L3+1)^2, C], or with `sum` one channel, the sum of all
+  S* out;                   // laid out as z says; with `sum` one channel, the sum of all
   int64_t C;
   bool sum;
   bool samples;  // lanes run over rows and channels alike, not over the channels of one row: for few channels

@@ -15,7 +15,7 @@ from geo.o3.gaunt import (
     parse_signals,
     path_variances,
 )
-from geo.ops import pack_irreps, unpack_irreps
+from geo.ops import Blocks, gaunt_product_irreps, pack_irreps, unpack_irreps
 from geo.ops.gaunt import METHODS, gaunt_product
 
 if TYPE_CHECKING:
@@ -173,6 +173,12 @@ class GauntTensorProduct(nn.Module):
             x: First input.
             y: Second input.
         """
+        if self.layout == "e3nn" and self.mode in ("uuu", "uvu"):
+            for name, t, signals in (("x", x, self._in1), ("y", y, self._in2)):
+                if t.dim() < 1 or t.size(-1) != signals.size:
+                    raise ValueError(f"{name} has shape {tuple(t.shape)}, but must be (..., {signals.size})")
+            outs = [out for i in range(len(self._terms)) for out in self._products(i, x, y, None, True)]
+            return sum(outs[1:], start=outs[0])
         first = split_signals("x", x, self._in1, self.layout)
         second = split_signals("y", y, self._in2, self.layout)
         dense = self.multiply(first, second)
@@ -332,8 +338,8 @@ class GauntTensorProduct(nn.Module):
         return found
 
     # -- the product ---------------------------------------------------------------------------------------------------
-    def _products(self, i: int, x: Tensor, y: Tensor, scale: Tensor | None) -> list[Tensor]:
-        """The products of one term, one a rank."""
+    def _products(self, i: int, x: Tensor, y: Tensor, scale: Tensor | None, whole: bool = False) -> list[Tensor]:
+        """The products of one term, one a rank; of dense signals, or of `whole` features in e3nn's layout."""
         term, weights = self._terms[i], self._term_weights(i)
         lmax = self._lmax(term)[2]
         constants = [None if c is None else c.to(x.dtype) for c in self._constants(i)]
@@ -342,6 +348,10 @@ class GauntTensorProduct(nn.Module):
 
         def product(x: Tensor, y: Tensor, scales: list[Tensor | None]) -> Tensor:
             a, b, c = scales
+            if whole:
+                parts = ((self._in1, term.first), (self._in2, term.second), (self._out, term.out))
+                first, second, out = (signal_blocks(signals, parity) for signals, parity in parts)
+                return gaunt_product_irreps(x, y, first, second, out, term.bracket, a, b, c, self.method)
             return gaunt_product(x, y, lmax, term.bracket, a, b, c, self.method)
 
         if self.mode == "uvw":
@@ -379,6 +389,13 @@ def split_signals(name: str, x: Tensor, signals: Signals, layout: str) -> dict[i
     if true in (0, signals.rows()):  # there is one signal
         return {1: x if true else x[..., :0, :], -1: x[..., :0, :] if true else x}
     return {1: x[..., :true, :], -1: x[..., true:, :]}
+
+
+def signal_blocks(signals: Signals, parity: int) -> Blocks:
+    """Where one signal stands in features of both."""
+    true = signals.lmax(1) + 1
+    starts = signals.row_starts[:true] if parity == 1 else signals.row_starts[true:]
+    return Blocks(tuple(starts), signals.mul, signals.size)
 
 
 def flat(x: Tensor, signals: Signals) -> Tensor:

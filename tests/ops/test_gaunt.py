@@ -4,7 +4,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from geo.ops import gaunt_product, gaunt_product_reference
+from geo.ops import (
+    Blocks,
+    gaunt_product,
+    gaunt_product_irreps,
+    gaunt_product_reference,
+    pack_irreps_reference,
+    unpack_irreps_reference,
+)
 from geo.ops.gaunt import auto_method
 from geo.testing import assert_close, check_compile, check_derivatives, check_op
 
@@ -191,6 +198,60 @@ def test_compile(device, dynamic):
         (x, y, torch.randn(3, 1, device=device)),
         dynamic=dynamic,
     )
+
+
+IRREPS = [  # starts of x, y and the output, over channels: in order; absent degrees and gaps; one channel of the second
+    ((0, 1, 4), (0, 1, 4), (0, 1, 4), 0, False),
+    ((3, 0, -1, 4), (0, 1, 4), (7, -1, 0), 2, False),
+    ((0, 1, 4), (0, 3), (-1, 3, 6), 0, True),
+]
+
+
+@pytest.mark.parametrize("bracket", [False, True])
+@pytest.mark.parametrize("channels", [1, 3, 16, 21])
+@pytest.mark.parametrize("case", IRREPS, ids=str)
+@pytest.mark.parametrize("dtype", [F64, torch.float32, torch.bfloat16], ids=str)
+def test_features_as_e3nn_has_them(device, dtype, case, channels, bracket):
+    """The op on blocks [mul, 2l+1] is the packed one, with and without factors, in both methods."""
+    *starts, gap, single = case
+    muls = (channels, 1 if single else channels, channels)
+    blocks = []
+    for first, mul in zip(starts, muls, strict=True):
+        top = max(s + 2 * l + 1 for l, s in enumerate(first))
+        blocks.append(Blocks(tuple(s * mul if s >= 0 else -1 for s in first), mul, top * mul + gap))
+    x, y = (torch.randn(5, b.size).to(device, dtype) for b in blocks[:2])
+    a, c = (torch.randn(rows, len(blocks[i].starts), channels).to(device, dtype) for i, rows in ((0, 5), (2, 1)))
+    packed = [
+        pack_irreps_reference(t, range(len(b.starts)), b.starts, b.mul) for t, b in zip((x, y), blocks[:2], strict=True)
+    ]
+    for method in ("sparse", "separable", "grid"):
+        for factors in ((None, None, None), (a, None, c)):
+            expected = gaunt_product_reference(*packed, len(blocks[2].starts) - 1, bracket, *factors)
+            degrees = range(len(blocks[2].starts))
+            expected = unpack_irreps_reference(expected, degrees, blocks[2].starts, blocks[2].mul, blocks[2].size)
+            found = gaunt_product_irreps(x, y, *blocks, bracket, *factors, method)
+            assert_close(found, expected, factor=20)
+
+
+@pytest.mark.parametrize("bracket", [False, True])
+@pytest.mark.parametrize("single", [False, True])
+def test_derivatives_of_features_as_e3nn_has_them(device, bracket, single):
+    blocks = (
+        Blocks((0, 2, -1), 2, 9),
+        Blocks((0, 1), 1, 4) if single else Blocks((6, 0), 2, 8),
+        Blocks((8, 2, -1), 2, 11),
+    )
+    x, y = (torch.randn(2, b.size, dtype=F64, device=device) for b in blocks[:2])
+    a, b, c = (torch.randn(r, n, 2, dtype=F64, device=device) for r, n in ((2, 3), (1, 2), (1, 3)))
+    check_derivatives(lambda x, y: gaunt_product_irreps(x, y, *blocks, bracket), [x, y])
+    check_derivatives(lambda *t: gaunt_product_irreps(*t[:2], *blocks, bracket, *t[2:]), [x, y, a, b, c])
+    op = torch.ops.geo.gaunt_product_irreps.default
+    places = [list(b.starts) for b in blocks]
+    torch.library.opcheck(
+        op,
+        (x.requires_grad_(), y, a, None, c, *places, 2, blocks[1].mul, 11, 2, bracket, "auto"),
+    )
+    check_compile(lambda x, y: gaunt_product_irreps(torch.sin(x), y, *blocks, bracket), (x.detach(), y))
 
 
 def test_torch_func_uses_the_reference():

@@ -2,6 +2,7 @@
 // their factors; then one of the three forms works in the first-level cache.
 #include "../gaunt_table.h"
 
+#include "transpose.h"
 #include "vec.h"
 
 namespace geo {
@@ -230,14 +231,81 @@ Product<float, vfloat> straight_kernel(const GauntProduct<float>& job) {
 Product<double, vdouble> straight_kernel(const GauntProduct<double>&) { return nullptr; }
 
 // -- staging -----------------------------------------------------------------------------------------------------------
+// Where component m (from 0 on) of degree l and channel c stands in a row.
+template <class S>
+GEO_INLINE int64_t place_of(const GauntOperand<S>& at, int l, int m, int64_t c) {
+  return at.starts ? at.starts[l] + c * (2 * l + 1) + m : (l * l + m) * at.channels + c;
+}
+
+// Channels c .. c + n of a row in e3nn's layout, the others zero.
+template <class S, class V>
+GEO_INLINE void stage_blocks(const GauntOperand<S>& from, const S* data, int64_t c, int n, V* to) {
+  using T = typename accumulate<S>::type;
+  constexpr int lanes = vec<T>::lanes;
+  for (int l = 0; l <= from.lmax; ++l) {
+    const int N = 2 * l + 1;
+    V* rows = to + l * l;
+    const S* block = data + from.starts[l] + c * N;
+#if GEO_SIMD_LEVEL == 2
+    if constexpr (sizeof(S) == 4) {
+      if (n == lanes && from.starts[l] >= 0 && l <= kRouteDegree) {
+        unrolled<0, kRouteDegree + 1>([&](auto degree) GEO_INLINED {
+          if (l == degree.value)
+            transpose_route<2 * degree.value + 1, false>(
+                [&](int j) GEO_INLINED { return _mm512_loadu_si512(block + j * lanes); },
+                [&](int i, __m512i v) GEO_INLINED { rows[i] = (V)v; });
+        });
+        continue;
+      }
+    }
+#endif
+    for (int m = 0; m < N; ++m) rows[m] = V{};
+    if (from.starts[l] < 0) continue;
+    T* elements = reinterpret_cast<T*>(rows);
+    for (int k = 0; k < n; ++k)
+      for (int m = 0; m < N; ++m) elements[m * lanes + k] = widen(block[k * N + m]);
+  }
+}
+
+template <class S, class V>
+GEO_INLINE void unstage_blocks(const GauntOperand<S>& at, const V* from, int64_t c, int n, S* data) {
+  using T = typename accumulate<S>::type;
+  constexpr int lanes = vec<T>::lanes;
+  for (int l = 0; l <= at.lmax; ++l) {
+    if (at.starts[l] < 0) continue;
+    const int N = 2 * l + 1;
+    const V* rows = from + l * l;
+    S* block = data + at.starts[l] + c * N;
+#if GEO_SIMD_LEVEL == 2
+    if constexpr (sizeof(S) == 4) {
+      if (n == lanes && l <= kRouteDegree) {
+        unrolled<0, kRouteDegree + 1>([&](auto degree) GEO_INLINED {
+          if (l == degree.value)
+            transpose_route<2 * degree.value + 1, true>(
+                [&](int j) GEO_INLINED { return (__m512i)rows[j]; },
+                [&](int i, __m512i v) GEO_INLINED { _mm512_storeu_si512(block + i * lanes, v); });
+        });
+        continue;
+      }
+    }
+#endif
+    const T* elements = reinterpret_cast<const T*>(rows);
+    for (int k = 0; k < n; ++k)
+      for (int m = 0; m < N; ++m) narrow(elements[m * lanes + k], block + k * N + m);
+  }
+}
+
 // Channels c .. c + n of a row: all lanes, or (n < lanes) the first n and zeros.
 template <class S, class V>
-GEO_INLINE void stage_row(const GauntOperand<S>& from, int64_t row, int64_t c, int n, V* to) {
+GEO_INLINE void stage_row(const GauntOperand<S>& from, const S* data, int64_t c, int n, V* to) {
   constexpr int lanes = vec<typename accumulate<S>::type>::lanes;
   const int size = square(from.lmax + 1);
-  const S* data = from.data + row * size * from.channels;
-  if (from.channels == 1) {
-    for (int i = 0; i < size; ++i) to[i] = V{} + widen(data[i]);
+  if (from.starts && from.channels > 1) {
+    stage_blocks(from, data, c, n, to);
+  } else if (from.channels == 1) {
+    for (int l = 0; l <= from.lmax; ++l)
+      for (int m = 0; m < 2 * l + 1; ++m)
+        to[l * l + m] = from.starts && from.starts[l] < 0 ? V{} : V{} + widen(data[place_of(from, l, m, 0)]);
   } else if (n == lanes) {
     for (int i = 0; i < size; ++i) to[i] = load(data + i * from.channels + c);
   } else {
@@ -265,16 +333,14 @@ GEO_INLINE void scale_row(const GauntOperand<S>& from, int64_t row, int64_t c, i
 template <class S, class V>
 GEO_INLINE Rows<typename accumulate<S>::type> rows_of(const GauntOperand<S>& from, int64_t row, int64_t c, int n, V* to) {
   using T = typename accumulate<S>::type;
-  if constexpr (sizeof(S) == sizeof(T)) {
-    if (n == vec<T>::lanes && from.channels != 1 && !from.scale) {
-      const int size = square(from.lmax + 1);
-      const S* data = from.data + row * size * from.channels;
-      const S* next = data + size * (from.channels + c);  // a share of the row after this, in the order of memory
-      for (int i = 0; i < size; ++i) prefetch(next + i * vec<T>::lanes);
-      return {const_cast<T*>(data) + c, from.channels};
-    }
+  const S* data = from.data + row * from.row;
+  if (n == vec<T>::lanes && from.channels != 1) {
+    const S* next = data + from.row + square(from.lmax + 1) * c;  // a share of the row after this, in the order of memory
+    for (int i = 0; i < square(from.lmax + 1); ++i) prefetch(next + i * vec<T>::lanes);
+    if constexpr (sizeof(S) == sizeof(T))
+      if (!from.scale && !from.starts) return {const_cast<T*>(data) + c, from.channels};
   }
-  stage_row(from, row, c, n, to);
+  stage_row(from, data, c, n, to);
   scale_row(from, row, c, n, to);
   return {reinterpret_cast<T*>(to), vec<T>::lanes};
 }
@@ -300,18 +366,18 @@ GEO_INLINE void for_runs(int64_t first, int n, int64_t C, F&& f) {
 template <class S, class T>
 GEO_INLINE void stage_samples(const GauntOperand<S>& from, int64_t first, int n, int64_t C, T* to) {
   constexpr int lanes = vec<T>::lanes;
-  const int size = square(from.lmax + 1);
   for_runs(first, n, C, [&](int lane, int count, int64_t row, int64_t c) {
-    const S* data = from.data + row * size * from.channels;
+    const S* data = from.data + row * from.row;
     for (int l = 0; l <= from.lmax; ++l)
-      for (int i = l * l; i < (l + 1) * (l + 1); ++i)
+      for (int m = 0; m < 2 * l + 1; ++m)
         for (int k = 0; k < count; ++k) {
-          T v = widen(from.channels == 1 ? data[i] : data[i * from.channels + c + k]);
+          const bool absent = from.starts && from.starts[l] < 0;
+          T v = absent ? T(0) : T(widen(data[place_of(from, l, m, from.channels == 1 ? 0 : c + k)]));
           if (from.scale) {
             const S* scale = from.scale + row * from.scale_row + l * from.scale_channels;
             v *= widen(scale[from.scale_channels == 1 ? 0 : c + k]);
           }
-          to[i * lanes + lane + k] = v;
+          to[(l * l + m) * lanes + lane + k] = v;
         }
   });
 }
@@ -336,17 +402,19 @@ void run(const Gaunt<S>& job, int64_t begin, int64_t end, typename accumulate<S>
       const T* from = reinterpret_cast<const T*>(z);
       product(job.product, staged(x), staged(y), staged(z), scratch);
       for_runs(first, n, job.C, [&](int lane, int count, int64_t row, int64_t c) {
-        S* out = job.out + row * d3 * job.C;
-        for (int l = 0; l <= job.z.lmax; ++l)
-          for (int i = l * l; i < (l + 1) * (l + 1); ++i)
+        S* out = job.out + row * job.z.row;
+        for (int l = 0; l <= job.z.lmax; ++l) {
+          if (job.z.starts && job.z.starts[l] < 0) continue;
+          for (int m = 0; m < 2 * l + 1; ++m)
             for (int k = 0; k < count; ++k) {
-              T v = from[i * lanes + lane + k];
+              T v = from[(l * l + m) * lanes + lane + k];
               if (job.z.scale) {
                 const S* scale = job.z.scale + row * job.z.scale_row + l * job.z.scale_channels;
                 v *= widen(scale[job.z.scale_channels == 1 ? 0 : c + k]);
               }
-              narrow(v, out + i * job.C + c + k);
+              narrow(v, out + place_of(job.z, l, m, c + k));
             }
+        }
       });
     }
     return;
@@ -358,10 +426,10 @@ void run(const Gaunt<S>& job, int64_t begin, int64_t end, typename accumulate<S>
       const int n = int(job.C - c < lanes ? job.C - c : lanes);
       if (c == 0 || !x_shared) first = rows_of(job.x, row, c, n, x);
       if (c == 0 || !y_shared) second = rows_of(job.y, row, c, n, y);
-      S* out = job.out + row * d3 * job.C + c;
+      S* out = job.out + row * job.z.row;
       if constexpr (sizeof(S) == sizeof(T)) {
-        if (n == lanes && !job.sum && !job.z.scale) {
-          product(job.product, first, second, {out, job.C}, scratch);
+        if (n == lanes && !job.sum && !job.z.scale && !job.z.starts) {
+          product(job.product, first, second, {out + c, job.C}, scratch);
           continue;
         }
       }
@@ -369,14 +437,18 @@ void run(const Gaunt<S>& job, int64_t begin, int64_t end, typename accumulate<S>
       scale_row(job.z, row, c, n, z);
       if (job.sum) {
         for (int i = 0; i < d3; ++i) total[i] = c ? total[i] + z[i] : z[i];
+      } else if (job.z.starts) {
+        unstage_blocks(job.z, z, c, n, out);
       } else if (n == lanes) {
-        for (int i = 0; i < d3; ++i) store(out + i * job.C, z[i]);
+        for (int i = 0; i < d3; ++i) store(out + i * job.C + c, z[i]);
       } else {
-        for (int i = 0; i < d3; ++i) store_n(out + i * job.C, z[i], n);
+        for (int i = 0; i < d3; ++i) store_n(out + i * job.C + c, z[i], n);
       }
     }
     if (job.sum)
-      for (int i = 0; i < d3; ++i) narrow(sum_lanes<T>(total[i]), job.out + row * d3 + i);
+      for (int l = 0; l <= job.z.lmax; ++l)
+        for (int m = 0; m < 2 * l + 1 && !(job.z.starts && job.z.starts[l] < 0); ++m)
+          narrow(sum_lanes<T>(total[l * l + m]), job.out + row * job.z.row + place_of(job.z, l, m, 0));
   }
 }
 

@@ -1,9 +1,7 @@
-// Leaf of the change of layout of irreps: transposes of [channels, 2l+1]. With AVX-512, 16 channels at a time: each vector
-// of the result takes its elements from the 2l+1 vectors of the source by one permutation of each, under a mask.
+// Leaf of the change of layout of irreps: transposes of [channels, 2l+1], with AVX-512 16 channels at a time.
 #include "../irreps_table.h"
 
-#include "../../gaunt.h"
-#include "vec.h"
+#include "transpose.h"
 
 namespace geo {
 namespace GEO_SIMD_NAMESPACE {
@@ -20,55 +18,22 @@ void transpose_rest(S* blocks, S* rows, int64_t first, int64_t mul, int64_t n, b
 }
 
 #if GEO_SIMD_LEVEL == 2
-constexpr int kLanes = 16, kMostComponents = 13;
-
-// Element (out vector i, lane) comes from lane `lane[i][.]` of source j where bit `lane` of mask[i][j] is set.
-template <int N, bool kInverse>
-struct Route {
-  int32_t lane[N][kLanes] = {};
-  uint16_t mask[N][N] = {};
-  constexpr Route() {
-    for (int i = 0; i < N; ++i)
-      for (int k = 0; k < kLanes; ++k) {
-        const int e = kInverse ? i * kLanes + k : k * N + i;
-        lane[i][k] = kInverse ? e / N : e % kLanes;
-        mask[i][kInverse ? e % N : e / kLanes] |= uint16_t(1u << k);
-      }
-  }
-};
-template <int N, bool kInverse>
-struct RouteTable {
-  static constexpr Route<N, kInverse> value{};
-};
-
 template <int N, bool kInverse>
 int64_t transpose_vectors(uint32_t* blocks, uint32_t* rows, int64_t mul) {
-  using Table = RouteTable<N, kInverse>;
   int64_t c = 0;
-  for (; c + kLanes <= mul; c += kLanes) {
-    __m512i from[N];
-    unrolled<0, N>([&](auto j) GEO_INLINED {
-      constexpr int i = decltype(j)::value;
-      from[i] = _mm512_loadu_si512(kInverse ? rows + i * mul + c : blocks + c * N + i * kLanes);
-    });
-    unrolled<0, N>([&](auto out) GEO_INLINED {
-      constexpr int i = decltype(out)::value;
-      const __m512i lane = _mm512_loadu_si512(Table::value.lane[i]);
-      __m512i to = _mm512_setzero_si512();
-      unrolled<0, N>([&](auto j) GEO_INLINED {
-        constexpr uint16_t mask = Table::value.mask[i][decltype(j)::value];
-        if constexpr (mask != 0) to = _mm512_mask_permutexvar_epi32(to, mask, lane, from[decltype(j)::value]);
-      });
-      _mm512_storeu_si512(kInverse ? blocks + c * N + i * kLanes : rows + i * mul + c, to);
-    });
-  }
+  for (; c + kRouteLanes <= mul; c += kRouteLanes)
+    transpose_route<N, kInverse>(
+        [&](int j) GEO_INLINED { return _mm512_loadu_si512(kInverse ? rows + j * mul + c : blocks + c * N + j * kRouteLanes); },
+        [&](int i, __m512i v) GEO_INLINED {
+          _mm512_storeu_si512(kInverse ? blocks + c * N + i * kRouteLanes : rows + i * mul + c, v);
+        });
   return c;
 }
 
 int64_t transpose_vectors(uint32_t* blocks, uint32_t* rows, int64_t mul, int64_t n, bool inverse) {
   int64_t done = 0;
-  unrolled<1, (kMostComponents + 1) / 2>([&](auto degree) GEO_INLINED {
-    constexpr int N = 2 * decltype(degree)::value + 1;
+  unrolled<1, kRouteDegree + 1>([&](auto degree) GEO_INLINED {
+    constexpr int N = 2 * degree.value + 1;
     if (n == N) done = inverse ? transpose_vectors<N, true>(blocks, rows, mul) : transpose_vectors<N, false>(blocks, rows, mul);
   });
   return done;
