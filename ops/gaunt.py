@@ -56,15 +56,17 @@ def gaunt_product(
         scale_x: Factor of each degree of ``x``, [..., L1+1, C] or with one channel. (default: 1)
         scale_y: Factor of each degree of ``y``, [..., L2+1, C] or with one channel. (default: 1)
         scale_out: Factor of each degree of the output, [..., lmax_out+1, C] or with one channel. (default: 1)
-        method: ``'sparse'`` sums over the nonzero coefficients, ``'grid'`` multiplies on a grid that integrates
-            exactly, ``'separable'`` goes to the grid one angle at a time, ``'auto'`` chooses: the same numbers up to
-            rounding. (default: ``'auto'``)
+        method: ``'sparse'`` sums over the nonzero coefficients (up to degree 12), ``'grid'`` multiplies on a grid that
+            integrates exactly, by matrix products of PyTorch, ``'separable'`` goes to the polar angles and multiplies
+            Fourier series there, ``'auto'`` takes the faster one as measured, see :func:`geo.ops.gaunt.auto_method`:
+            the same numbers up to rounding. (default: ``'auto'``)
 
     Returns:
         out: [..., (lmax_out+1)^2, C] in the promoted dtype; 16-bit types compute in float32.
 
     Raises:
-        ValueError: Shapes that do not fit together, an unknown method, a degree above 64.
+        ValueError: Shapes that do not fit together, an unknown method, a degree above 64, or above 12 with
+            ``'sparse'``.
         TypeError: Tensors that are not floating point.
 
     Example:
