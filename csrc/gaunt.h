@@ -24,14 +24,14 @@ constexpr double root(double v) {
   }
 }
 
-constexpr int square(int l) { return l * l; }
-constexpr int larger(int a, int b) { return a > b ? a : b; }
-constexpr int smaller(int a, int b) { return a < b ? a : b; }
+GEO_HD_CONSTEXPR int square(int l) { return l * l; }
+GEO_HD_CONSTEXPR int larger(int a, int b) { return a > b ? a : b; }
+GEO_HD_CONSTEXPR int smaller(int a, int b) { return a < b ? a : b; }
 
 // Polar angles that integrate polynomials of `degree` exactly. They lie in mirrored pairs, and a rule stores one of each
 // pair, from the pole on; with an odd number the equator comes last and is its own mirror.
-constexpr int polar_nodes(int degree) { return degree / 2 + 1; }
-constexpr int polar_half(int degree) { return (polar_nodes(degree) + 1) / 2; }
+GEO_HD_CONSTEXPR int polar_nodes(int degree) { return degree / 2 + 1; }
+GEO_HD_CONSTEXPR int polar_half(int degree) { return (polar_nodes(degree) + 1) / 2; }
 
 // Node q of the rule with n nodes: its cosine, and its weight in a mean over the sphere.
 constexpr void gauss_node(int n, int q, double* cosine, double* weight) {
@@ -206,7 +206,7 @@ struct Index {
   static constexpr int value = I;
 };
 // f(Index<kBegin>()), ..., f(Index<kEnd - 1>()), each a copy of its own
-template <int kBegin, int kEnd, class F>
+GEO_HD_CALLER template <int kBegin, int kEnd, class F>
 GEO_HD_INLINE void unrolled(F&& f) {
   if constexpr (kEnd - kBegin == 1) {
     f(Index<kBegin>());
@@ -239,14 +239,14 @@ GEO_HD_INLINE void straight_product(const X& x, const Y& y, const Out& out) {
 // times sqrt(2) are sqrt(2) times the parts of F_m. A series is kept as the real parts and then the imaginary ones; that
 // of the second factor with both signs of m and zeros around, as many as outputs of a convolution are taken at a time.
 constexpr int kSeriesTile = 4;
-constexpr int series_size(int lmax) { return 2 * (lmax + 1); }
-constexpr int wide_zero(int lmax) { return lmax + kSeriesTile - 1; }  // where m = 0 stands
-constexpr int wide_part(int lmax) { return 2 * wide_zero(lmax) + 1; }
-constexpr int wide_size(int lmax) { return 2 * wide_part(lmax); }
+GEO_HD_CONSTEXPR int series_size(int lmax) { return 2 * (lmax + 1); }
+GEO_HD_CONSTEXPR int wide_zero(int lmax) { return lmax + kSeriesTile - 1; }  // where m = 0 stands
+GEO_HD_CONSTEXPR int wide_part(int lmax) { return 2 * wide_zero(lmax) + 1; }
+GEO_HD_CONSTEXPR int wide_size(int lmax) { return 2 * wide_part(lmax); }
 
 // Legendre functions of l >= m in a table: m = 0 first, each with l rising.
-constexpr int polar_row(int lmax, int l, int m) { return m * (lmax + 1) - m * (m - 1) / 2 + l - m; }
-constexpr int polar_rows(int lmax) { return (lmax + 1) * (lmax + 2) / 2; }
+GEO_HD_CONSTEXPR int polar_row(int lmax, int l, int m) { return m * (lmax + 1) - m * (m - 1) / 2 + l - m; }
+GEO_HD_CONSTEXPR int polar_rows(int lmax) { return (lmax + 1) * (lmax + 2) / 2; }
 
 // Coefficients c, ..., c + kCount - 1 of a convolution, added to re and im: z_c = sum_a x_a y_{c - a} over both signs of a;
 // y is wide.
