@@ -187,8 +187,8 @@ class GauntTensorProduct(nn.Module):
     def multiply(self, first: dict[int, Tensor], second: dict[int, Tensor], weight: Tensor | None = None) -> Tensor:
         """The product of dense signals, dense; `weight` [..., terms, L2+1, C] scales the degrees of the second."""
         sums: dict[int, Tensor] = {}
-        for i, term in enumerate(self._terms):
-            scale = None if weight is None else weight[..., i, :, :]
+        weights = [None] * len(self._terms) if weight is None else weight.unbind(-3)
+        for i, (term, scale) in enumerate(zip(self._terms, weights, strict=True)):
             for out in self._products(i, first[term.first], second[term.second], scale):
                 sums[term.out] = sums[term.out] + out if term.out in sums else out
         rows = [sums[parity] for parity in (1, -1) if parity in sums]
@@ -385,8 +385,13 @@ def split_signals(name: str, x: Tensor, signals: Signals, layout: str) -> dict[i
         if x.dim() < 1 or x.size(-1) != signals.size:
             raise ValueError(f"{name} has shape {tuple(x.shape)}, but must be (..., {signals.size})")
         x = pack_irreps(x, signals.row_degrees, signals.row_starts, signals.mul)
+    return both_signals(x, signals)
+
+
+def both_signals(x: Tensor, signals: Signals) -> dict[int, Tensor]:
+    """The rows of the true and of the pseudo signal; dense rows themselves where there is one of them."""
     true = (signals.lmax(1) + 1) ** 2
-    if true in (0, signals.rows()):  # there is one signal
+    if true in (0, signals.rows()):
         return {1: x if true else x[..., :0, :], -1: x[..., :0, :] if true else x}
     return {1: x[..., :true, :], -1: x[..., true:, :]}
 

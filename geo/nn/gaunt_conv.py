@@ -12,7 +12,7 @@ from torch_geometric.nn import MessagePassing
 from torch_geometric.nn.aggr import Aggregation
 
 from geo.nn.aggr import MeanAggregation, SumAggregation
-from geo.nn.gaunt import GauntTensorProduct, flat, mixed, split_signals
+from geo.nn.gaunt import GauntTensorProduct, both_signals, flat, mixed, split_signals
 from geo.nn.kernel_basis import radial_window
 from geo.o3.gaunt import parse_signals
 from geo.o3.harmonics import solid_harmonics
@@ -189,7 +189,8 @@ class GauntConv(MessagePassing):  # type: ignore[misc]
         signals = split_signals("x", x, self._in, self.layout)
         # Gathered by our op and not by PyG: its gradient is summed in a fixed order.
         source, target = (SegmentPlan(index, num_nodes) for index in edge_index)
-        sent = gather_coo(torch.cat([signals[1], signals[-1]], -2), source)
+        present = [signal for signal in (signals[1], signals[-1]) if signal.size(-2)]
+        sent = gather_coo(present[0] if len(present) == 1 else torch.cat(present, -2), source)
         r = gather_coo(pos, source) - gather_coo(pos, target)
         harmonics, weight = self._filter(r if edge_shift is None else r + edge_shift, edge_attr)
         size = (num_nodes, num_nodes)
@@ -203,8 +204,7 @@ class GauntConv(MessagePassing):  # type: ignore[misc]
 
     def message(self, sent: Tensor, harmonics: Tensor, weight: Tensor) -> Tensor:
         """The products of the senders' functions with the filters of the edges, in dense rows."""
-        true = (self._in.lmax(1) + 1) ** 2
-        return self.tp.multiply({1: sent[:, :true], -1: sent[:, true:]}, {1: harmonics}, weight)
+        return self.tp.multiply(both_signals(sent, self._in), {1: harmonics}, weight)
 
     def _filter(self, r: Tensor, edge_attr: Tensor | None) -> tuple[Tensor, Tensor]:
         """Harmonics [E, (lmax+1)^2, 1] and radial weights [E, terms, lmax+1, C] of edge vectors."""
