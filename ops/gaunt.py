@@ -132,9 +132,9 @@ def _prepare(
 
 def _lmax(name: str, tensor: Tensor) -> int:
     size = tensor.size(-2)
-    lmax = math.isqrt(size) - 1
-    if (lmax + 1) ** 2 == size and 0 <= lmax <= _LMAX:
-        return lmax
+    for lmax in range(_LMAX + 1):  # not by isqrt, which torch.compile does not take of a symbol
+        if size == (lmax + 1) ** 2:
+            return lmax
     raise ValueError(
         f"{name}: expected [..., (L+1)^2, C] with L in [0, {_LMAX}], got shape {list(tensor.shape)}, "
         f"where {size} is no such square"
