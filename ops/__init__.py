@@ -24,7 +24,7 @@ from geo.ops.gather_tensor_product import (
     gather_tensor_product_segment_sum_reference,
 )
 from geo.ops.gaunt import gaunt_product, gaunt_product_reference
-from geo.ops.gaunt_irreps import Blocks, gaunt_product_irreps
+from geo.ops.gaunt_irreps import Blocks, gaunt_product_irreps, gaunt_product_irreps_reference
 from geo.ops.gelu import gelu, gelu_reference
 from geo.ops.irreps import pack_irreps, pack_irreps_reference, unpack_irreps, unpack_irreps_reference
 from geo.ops.plan import SegmentPlan, csr_from_index, csr_from_index_reference
@@ -95,6 +95,7 @@ __all__ = [
     "gather_tensor_product_segment_sum_reference",
     "gaunt_product",
     "gaunt_product_irreps",
+    "gaunt_product_irreps_reference",
     "gaunt_product_reference",
     "gelu",
     "gelu_reference",

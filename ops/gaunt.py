@@ -26,7 +26,7 @@ from geo.ops.registration import define
 
 METHODS = ("auto", "sparse", "grid", "separable")
 _LMAX_SPARSE = 12
-_LMAX = 64  # of an operand: beyond, sectoral harmonics near the poles leave the range of float64
+LMAX = 64  # of an operand: beyond, sectoral harmonics near the poles leave the range of float64
 
 
 def gaunt_product(
@@ -58,8 +58,8 @@ def gaunt_product(
         scale_out: Factor of each degree of the output, [..., lmax_out+1, C] or with one channel. (default: 1)
         method: ``'sparse'`` sums over the nonzero coefficients (up to degree 12), ``'grid'`` multiplies on a grid that
             integrates exactly, by matrix products of PyTorch, ``'separable'`` goes to the polar angles and multiplies
-            Fourier series there, ``'auto'`` takes the faster one as measured, see :func:`geo.ops.gaunt.auto_method`:
-            the same numbers up to rounding. (default: ``'auto'``)
+            Fourier series there, ``'auto'`` chooses, see :func:`geo.ops.gaunt.auto_method`: the same numbers up to
+            rounding. (default: ``'auto'``)
 
     Returns:
         out: [..., (lmax_out+1)^2, C] in the promoted dtype; 16-bit types compute in float32.
@@ -93,8 +93,8 @@ def _prepare(
             raise TypeError(f"{name}: expected a floating-point tensor, got {tensor.dtype}")
     lmax1, lmax2 = _lmax("x", x), _lmax("y", y)
     lmax3 = lmax1 + lmax2 if lmax_out is None else lmax_out
-    if not 0 <= lmax3 <= 2 * _LMAX:
-        raise ValueError(f"lmax_out is {lmax_out}, but must lie in [0, {2 * _LMAX}]")
+    if not 0 <= lmax3 <= 2 * LMAX:
+        raise ValueError(f"lmax_out is {lmax_out}, but must lie in [0, {2 * LMAX}]")
     tensors = [x, y]
     for name, scale, lmax in zip(("scale_x", "scale_y", "scale_out"), scales, (lmax1, lmax2, lmax3), strict=True):
         if scale is None:
@@ -132,11 +132,11 @@ def _prepare(
 
 def _lmax(name: str, tensor: Tensor) -> int:
     size = tensor.size(-2)
-    for lmax in range(_LMAX + 1):  # not by isqrt, which torch.compile does not take of a symbol
+    for lmax in range(LMAX + 1):  # not by isqrt, which torch.compile does not take of a symbol
         if size == (lmax + 1) ** 2:
             return lmax
     raise ValueError(
-        f"{name}: expected [..., (L+1)^2, C] with L in [0, {_LMAX}], got shape {list(tensor.shape)}, "
+        f"{name}: expected [..., (L+1)^2, C] with L in [0, {LMAX}], got shape {list(tensor.shape)}, "
         f"where {size} is no such square"
     )
 
@@ -433,7 +433,9 @@ define(f"gaunt_product_grid{_ARGUMENTS}) -> Tensor", _kernel, _fake, _backward, 
 
 # -- the choice of 'auto' ----------------------------------------------------------------------------------------------
 def auto_method(like: Tensor, lmax_x: int, lmax_y: int, lmax_out: int, bracket: bool = False) -> str:
-    """What ``method='auto'`` means for tensors on the device of ``like``: the faster one as measured.
+    """What ``method='auto'`` means for tensors on the device of ``like``: the faster one as measured on a CPU.
+
+    On CUDA straight kernels where there are any, else the separable form: a guess.
 
     Args:
         like: Any tensor on the device.

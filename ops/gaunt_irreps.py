@@ -6,14 +6,22 @@ other layout and back cost more than the product. Its gradients are the op itsel
 
 from __future__ import annotations
 
+import functools
+import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from geo.ops import bounds
-from geo.ops.gaunt import check_method, gaunt_product, gradients
-from geo.ops.irreps import pack_irreps, unpack_irreps
+from geo.ops.gaunt import LMAX, check_method, gaunt_product, gaunt_product_reference, gradients
+from geo.ops.irreps import (
+    check_places,
+    pack_irreps,
+    pack_irreps_reference,
+    unpack_irreps,
+    unpack_irreps_reference,
+)
 from geo.ops.registration import define
 
 
@@ -71,27 +79,100 @@ def gaunt_product_irreps(
         >>> gaunt_product_irreps(torch.randn(5, 32), torch.randn(5, 32), blocks, blocks, blocks).shape
         torch.Size([5, 32])
     """
+    x, y, scales, lead = _prepare(x, y, blocks_x, blocks_y, blocks_out, scale_x, scale_y, scale_out, method)
+    if lead is None:
+        return _by_packing(x, y, blocks_x, blocks_y, blocks_out, bracket, scales, method)
+    if method == "grid":
+        out = _by_packing(x, y, blocks_x, blocks_y, blocks_out, bracket, scales, method)
+    else:
+        starts = (list(blocks_x.starts), list(blocks_y.starts), list(blocks_out.starts))
+        sizes = (blocks_x.mul, blocks_y.mul, blocks_out.size, blocks_out.mul)
+        args = (x, y, *scales, *starts, *sizes, bool(bracket), method)
+        out = bounds.call("gaunt_product_irreps", torch.ops.geo.gaunt_product_irreps, args)
+    return out if len(lead) == 1 else out.view(*lead, out.size(1))
+
+
+def gaunt_product_irreps_reference(
+    x: Tensor,
+    y: Tensor,
+    blocks_x: Blocks,
+    blocks_y: Blocks,
+    blocks_out: Blocks,
+    bracket: bool = False,
+    scale_x: Tensor | None = None,
+    scale_y: Tensor | None = None,
+    scale_out: Tensor | None = None,
+    method: str = "auto",
+) -> Tensor:
+    """:func:`gaunt_product_irreps` by the other layout: the specification, also under torch.func."""
+    scales = (scale_x, scale_y, scale_out)
+    _prepare(x, y, blocks_x, blocks_y, blocks_out, *scales, method)
+    first, second = (
+        pack_irreps_reference(t, range(len(b.starts)), b.starts, b.mul) for t, b in ((x, blocks_x), (y, blocks_y))
+    )
+    degrees = range(len(blocks_out.starts))
+    out = gaunt_product_reference(first, second, len(degrees) - 1, bracket, *scales, method)
+    return unpack_irreps_reference(out, degrees, blocks_out.starts, blocks_out.mul, blocks_out.size)
+
+
+_Scales = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+
+def _prepare(
+    x: Tensor,
+    y: Tensor,
+    blocks_x: Blocks,
+    blocks_y: Blocks,
+    blocks_out: Blocks,
+    scale_x: Tensor | None,
+    scale_y: Tensor | None,
+    scale_out: Tensor | None,
+    method: str,
+) -> tuple[Tensor, Tensor, _Scales, torch.Size | None]:
+    """The operands in one dtype, and as rows with the leading shape, or ``None`` where they have to be broadcast."""
+    named = (("blocks_x", blocks_x, LMAX), ("blocks_y", blocks_y, LMAX), ("blocks_out", blocks_out, 2 * LMAX))
+    for name, blocks, most in named:
+        _check_blocks(name, blocks, most)
     lmax = (len(blocks_x.starts) - 1, len(blocks_y.starts) - 1, len(blocks_out.starts) - 1)
     check_method(method, lmax)
-    tensors = [x, y, *(s for s in (scale_x, scale_y, scale_out) if s is not None)]
-    direct = method != "grid" and all(t.dtype == x.dtype and t.device == x.device for t in tensors)
-    if not (direct and x.dim() == 2 and y.dim() == 2 and x.size(0) == y.size(0) and x.is_floating_point()):
-        return _by_packing(x, y, blocks_x, blocks_y, blocks_out, bracket, (scale_x, scale_y, scale_out), method)
+    tensors = [x, y]
     for name, t, blocks in (("x", x, blocks_x), ("y", y, blocks_y)):
-        if t.size(1) != blocks.size:
+        if t.dim() < 1 or t.size(-1) != blocks.size:
             raise ValueError(f"{name}: expected [..., {blocks.size}], got shape {list(t.shape)}")
-    scales: list[Tensor | None] = []
-    for name, scale, top in zip(("scale_x", "scale_y", "scale_out"), (scale_x, scale_y, scale_out), lmax, strict=True):
-        if scale is not None and scale.dim() == 2:
-            scale = scale.unsqueeze(0)
-        if scale is not None and (scale.dim() != 3 or scale.size(1) != top + 1 or scale.size(0) not in (1, x.size(0))):
+    wide = {blocks_x.mul, blocks_y.mul}
+    scales: _Scales = (scale_x, scale_y, scale_out)
+    for name, scale, top in zip(("scale_x", "scale_y", "scale_out"), scales, lmax, strict=True):
+        if scale is None:
+            continue
+        if scale.dim() < 2 or scale.size(-2) != top + 1:
             raise ValueError(f"{name}: expected [..., {top + 1}, C], one row a degree, got {list(scale.shape)}")
-        scales.append(scale)
-    starts = (list(blocks_x.starts), list(blocks_y.starts), list(blocks_out.starts))
-    sizes = (blocks_x.mul, blocks_y.mul, blocks_out.size, blocks_out.mul)
-    args = (x, y, *scales, *starts, *sizes, bool(bracket), method)
-    out: Tensor = bounds.call("gaunt_product", torch.ops.geo.gaunt_product_irreps, args)
-    return out
+        tensors.append(scale)
+        wide.add(scale.size(-1))
+    for t in tensors:
+        if not t.is_floating_point():
+            raise TypeError(f"expected floating-point tensors, got {t.dtype}")
+    if len(wide - {1}) > 1 or {blocks_out.mul} != (wide - {1} or {1}):
+        raise ValueError(
+            f"operands have {sorted(wide)} channels, the output {blocks_out.mul}: they must agree but for single ones"
+        )
+    if any(t.dtype != x.dtype for t in tensors):
+        dtype = functools.reduce(torch.promote_types, (t.dtype for t in tensors))
+        x, y = x.to(dtype), y.to(dtype)
+        a, b, c = (None if s is None else s.to(dtype) for s in scales)
+        scales = (a, b, c)
+    lead = x.shape[:-1]
+    rows = math.prod(lead)
+    fits = all(s is None or math.prod(s.shape[:-2]) == 1 or s.shape[:-2] == lead for s in scales)
+    if y.shape[:-1] != lead or not fits:
+        return x, y, scales, None
+    a, b, c = (None if s is None else s.reshape(rows if s.shape[:-2] == lead else 1, *s.shape[-2:]) for s in scales)
+    return x.reshape(rows, x.size(-1)), y.reshape(rows, y.size(-1)), (a, b, c), lead
+
+
+def _check_blocks(name: str, blocks: Blocks, most: int) -> None:
+    if not 0 < len(blocks.starts) <= most + 1:
+        raise ValueError(f"{name} has {len(blocks.starts)} degrees, but must have from 1 to {most + 1}")
+    check_places(name, range(len(blocks.starts)), blocks.starts, blocks.mul, blocks.size)
 
 
 def _by_packing(
@@ -101,12 +182,12 @@ def _by_packing(
     blocks_y: Blocks,
     blocks_out: Blocks,
     bracket: bool,
-    scales: tuple[Tensor | None, Tensor | None, Tensor | None],
+    scales: _Scales,
     method: str,
 ) -> Tensor:
     first, second = (pack_irreps(t, range(len(b.starts)), b.starts, b.mul) for t, b in ((x, blocks_x), (y, blocks_y)))
     degrees = range(len(blocks_out.starts))
-    out = gaunt_product(first, second, len(degrees) - 1, bracket, scales[0], scales[1], scales[2], method)
+    out = gaunt_product(first, second, len(degrees) - 1, bracket, *scales, method)
     return unpack_irreps(out, degrees, blocks_out.starts, blocks_out.mul, blocks_out.size)
 
 

@@ -31,7 +31,7 @@ def pack_irreps(x: Tensor, degrees: Sequence[int], starts: Sequence[int], mul: i
         out: [..., D, mul] with D the sum of 2l+1.
 
     Raises:
-        ValueError: Blocks that do not lie in ``x``, or as many degrees as starts not given.
+        ValueError: Blocks that do not lie in ``x`` or overlap, or as many degrees as starts not given.
 
     Example:
         >>> import torch
@@ -39,7 +39,9 @@ def pack_irreps(x: Tensor, degrees: Sequence[int], starts: Sequence[int], mul: i
         >>> pack_irreps(torch.arange(8.0), [0, 1], [0, 2], 2).tolist()
         [[0.0, 1.0], [2.0, 5.0], [3.0, 6.0], [4.0, 7.0]]
     """
-    _check("pack_irreps", degrees, starts, mul, x.size(-1) if x.dim() else 0)
+    if x.dim() < 1:
+        raise ValueError("pack_irreps: x must be [..., F], got a tensor of no axis")
+    check_places("pack_irreps", degrees, starts, mul, x.size(-1))
     args = (x.reshape(math.prod(x.shape[:-1]), x.size(-1)), list(degrees), list(starts), mul, x.size(-1), False)
     out: Tensor = bounds.call("pack_irreps", torch.ops.geo.pack_irreps, args)
     return out.view(*x.shape[:-1], *out.shape[1:])
@@ -59,7 +61,7 @@ def unpack_irreps(x: Tensor, degrees: Sequence[int], starts: Sequence[int], mul:
         out: [..., F].
 
     Raises:
-        ValueError: Blocks that do not lie in [0, F), or rows that are not those of the degrees.
+        ValueError: Blocks that do not lie in [0, F) or overlap, or rows that are not those of the degrees.
 
     Example:
         >>> import torch
@@ -68,7 +70,7 @@ def unpack_irreps(x: Tensor, degrees: Sequence[int], starts: Sequence[int], mul:
         >>> torch.equal(unpack_irreps(pack_irreps(x, [0, 1], [0, 2], 2), [0, 1], [0, 2], 2, 8), x)
         True
     """
-    _check("unpack_irreps", degrees, starts, mul, size)
+    check_places("unpack_irreps", degrees, starts, mul, size)
     rows = sum(2 * l + 1 for l in degrees)
     if x.dim() < 2 or x.shape[-2:] != (rows, mul):
         raise ValueError(f"unpack_irreps: x has shape {tuple(x.shape)}, but must be (..., {rows}, {mul})")
@@ -77,12 +79,20 @@ def unpack_irreps(x: Tensor, degrees: Sequence[int], starts: Sequence[int], mul:
     return out.view(*x.shape[:-2], size)
 
 
-def _check(name: str, degrees: Sequence[int], starts: Sequence[int], mul: int, size: int) -> None:
+def check_places(name: str, degrees: Sequence[int], starts: Sequence[int], mul: int, size: int) -> None:
+    """Raise ValueError unless the blocks lie in [0, size) and apart."""
     if len(degrees) != len(starts):
         raise ValueError(f"{name}: got {len(degrees)} degrees and {len(starts)} starts")
-    for l, start in zip(degrees, starts, strict=True):
+    if mul < 0 or size < 0:
+        raise ValueError(f"{name}: channels and size must not be negative, got {mul} and {size}")
+    end = 0
+    for start, l in sorted(zip(starts, degrees, strict=True)):
         if l < 0 or start < -1 or (start >= 0 and start + mul * (2 * l + 1) > size):
             raise ValueError(f"{name}: {mul} channels of degree {l} from {start} on do not lie in [0, {size})")
+        if start >= 0:
+            if start < end:
+                raise ValueError(f"{name}: the block of degree {l} from {start} on overlaps the one before it")
+            end = start + mul * (2 * l + 1)
 
 
 # -- plain PyTorch -----------------------------------------------------------------------------------------------------

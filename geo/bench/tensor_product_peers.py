@@ -291,8 +291,8 @@ def _dense_tensor(problem: Problem, product: Product) -> Candidate:
 def _imported(name: str, package: str) -> types.ModuleType:
     try:
         return importlib.import_module(name)
-    except ImportError as error:
-        raise NotAvailable(f"not available: {package} is not installed") from error
+    except (ImportError, OSError) as error:  # OSError: a library of its own that does not load
+        raise NotAvailable(f"not available: {package}: {error}") from error
 
 
 def _cuet(device: torch.device) -> tuple[types.ModuleType, types.ModuleType, str]:
@@ -346,8 +346,6 @@ def convolutions(problem: Problem, product: Product, graph: Graph, dtype: torch.
 def _geo_conv(problem: Problem, conv: Convolution, graph: Graph, dtype: torch.dtype) -> Candidate:
     import geo.nn
 
-    if not hasattr(geo.nn, "TensorProductConv"):
-        raise NotAvailable("not available: this version has no TensorProductConv")
     layer: Any = geo.nn.TensorProductConv(conv.irreps_in, conv.irreps_sh, conv.irreps_out, conv.instructions)
     layer = layer.to(graph.source.device, dtype)
     edge_index = torch.stack([graph.source, graph.target])

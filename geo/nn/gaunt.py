@@ -16,7 +16,7 @@ from geo.o3.gaunt import (
     path_variances,
 )
 from geo.ops import Blocks, gaunt_product_irreps, pack_irreps, unpack_irreps
-from geo.ops.gaunt import METHODS, gaunt_product
+from geo.ops.gaunt import LMAX, METHODS, check_method, gaunt_product
 
 if TYPE_CHECKING:
     from e3nn.o3 import Irreps
@@ -73,7 +73,7 @@ class GauntTensorProduct(nn.Module):
         method: ``'sparse'``, ``'grid'``, ``'separable'`` or ``'auto'``, see :func:`geo.ops.gaunt.gaunt_product`.
             (default: ``'auto'``)
         layout: ``'e3nn'``: features as e3nn has them; ``'dense'``: :math:`(..., D, C)`, see :func:`geo.o3.pack`, which
-            saves two copies. (default: ``'e3nn'``)
+            saves the change of layout. (default: ``'e3nn'``)
 
     Shapes:
         x :math:`(..., \text{dim}_1)` and y :math:`(..., \text{dim}_2)`, or :math:`(..., D, C)` in the dense layout;
@@ -133,6 +133,9 @@ class GauntTensorProduct(nn.Module):
         self.normalize, self.method, self.layout = normalize, method, layout
         self._in1, self._in2 = parse_signals(irreps_in1, "irreps_in1"), parse_signals(irreps_in2, "irreps_in2")
         self.irreps_in1, self.irreps_in2 = Irreps(irreps_in1), Irreps(irreps_in2)
+        for name, signals in (("irreps_in1", self._in1), ("irreps_in2", self._in2)):
+            if max(signals.lmax(1), signals.lmax(-1)) > LMAX:
+                raise ValueError(f"{name} has degrees above {LMAX}, the highest that products go to")
         mul = self._multiplicity()
         reach = self._reachable()
         if irreps_out is None:
@@ -155,6 +158,8 @@ class GauntTensorProduct(nn.Module):
             for term in self._all_terms()
             if self._out.lmax(term.out) >= 0 and self._degrees(term) & set(self._out.degrees(term.out))
         ]
+        for term in self._terms:
+            check_method(method, self._lmax(term))
         self._register_constants()
         self._shapes = [self._weight_shapes(term) for term in self._terms]
         self.weight_numel = sum(math.prod(shape) for shapes in self._shapes for shape in shapes)
@@ -342,7 +347,8 @@ class GauntTensorProduct(nn.Module):
         """The products of one term, one a rank; of dense signals, or of `whole` features in e3nn's layout."""
         term, weights = self._terms[i], self._term_weights(i)
         lmax = self._lmax(term)[2]
-        constants = [None if c is None else c.to(x.dtype) for c in self._constants(i)]
+        dtype = torch.promote_types(x.dtype, y.dtype)
+        constants = [None if c is None else c.to(dtype) for c in self._constants(i)]
         if scale is not None:
             constants[1] = scale if constants[1] is None else scale * constants[1]
 
@@ -415,6 +421,8 @@ def _input_factors(lmax: int, bracket: bool) -> Tensor:
 
 def mixed(x: Tensor, weight: Tensor) -> Tensor:
     """Channels of each degree times its matrix: [..., (L+1)^2, C] and [L+1, C, H] to [..., (L+1)^2, H]."""
+    dtype = torch.promote_types(x.dtype, weight.dtype)
+    x, weight = x.to(dtype), weight.to(dtype)
     return torch.cat([x[..., l * l : (l + 1) ** 2, :] @ weight[l] for l in range(len(weight))], -2)
 
 

@@ -157,9 +157,10 @@ class TensorProductConv(nn.Module):
             edge_sh: Irreps of the edges.
             weight: Weights of each edge, in the order of `instructions`; not with `shared_weights`.
             size: Numbers of senders and receivers. (default: those of x)
-            plan: The edges' :class:`geo.ops.SegmentPlan`, to share between layers. (default: made here)
+            plan: The :class:`geo.ops.SegmentPlan` of `edge_index`, to share between layers; it is what is read then.
+                (default: made here)
         """
-        self._check(x, edge_index, edge_sh, weight, size)
+        self._check(x, edge_index, edge_sh, weight, size, plan)
         if plan is None:
             plan = SegmentPlan.from_edge_index(edge_index, x.size(0) if size is None else size)
         if self.weight is not None:
@@ -170,7 +171,13 @@ class TensorProductConv(nn.Module):
         return gather_tensor_product_segment_sum(x, edge_sh, weight, *tables, self._dims[2], plan=plan)
 
     def _check(
-        self, x: Tensor, edge_index: Tensor, edge_sh: Tensor, weight: Tensor | None, size: tuple[int, int] | None
+        self,
+        x: Tensor,
+        edge_index: Tensor,
+        edge_sh: Tensor,
+        weight: Tensor | None,
+        size: tuple[int, int] | None,
+        plan: SegmentPlan | None,
     ) -> None:
         if x.dim() != 2 or x.size(1) != self._dims[0]:
             raise ValueError(f"x has shape {tuple(x.shape)}, but must be (|V|, {self._dims[0]})")
@@ -189,8 +196,10 @@ class TensorProductConv(nn.Module):
         elif weight.shape != (num_edges, self.weight_numel):
             wanted = (num_edges, self.weight_numel)
             raise ValueError(f"weight has shape {tuple(weight.shape)}, but must be {wanted}")
-        if size is not None and size[0] != x.size(0):
-            raise ValueError(f"size is {tuple(size)}, but x has {x.size(0)} rows")
+        if size is not None and (not isinstance(size, tuple) or len(size) != 2 or size[0] != x.size(0)):
+            raise ValueError(f"size is {size!r}, but must be ({x.size(0)}, number of receivers)")
+        if plan is not None and size is not None and plan.dim_size != size[1]:
+            raise ValueError(f"size is {size!r}, but plan is of {plan.dim_size} receivers")
 
     def extra_repr(self) -> str:
         """Sizes and options."""

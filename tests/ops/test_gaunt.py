@@ -8,6 +8,7 @@ from geo.ops import (
     Blocks,
     gaunt_product,
     gaunt_product_irreps,
+    gaunt_product_irreps_reference,
     gaunt_product_reference,
     pack_irreps_reference,
     unpack_irreps_reference,
@@ -284,3 +285,43 @@ def test_refusals(changes, error, words):
     arguments = {"x": torch.ones(2, 4, 3), "y": torch.ones(2, 4, 3)} | changes
     with pytest.raises(error, match=words):
         gaunt_product(**arguments)
+
+
+def test_leading_axes_and_mixed_types_of_features_as_e3nn_has_them(device):
+    blocks = Blocks((0, 2), 2, 8)
+    x, y = torch.randn(2, 3, 8, device=device), torch.randn(3, 8, dtype=F64, device=device)
+    found = gaunt_product_irreps(x, y, blocks, blocks, blocks, scale_x=torch.rand(3, 2, 1, device=device))
+    assert found.dtype == F64
+    assert found.shape == (2, 3, 8)
+    same = gaunt_product_irreps(x, x.double(), blocks, blocks, blocks)
+    for i, j in ((0, 1), (1, 2)):
+        alone = gaunt_product_irreps(x[i, j].double(), x[i, j].double(), blocks, blocks, blocks, method="grid")
+        assert_close(same[i, j], alone, factor=1e4)  # x has the digits of float32
+    x, y = x[0].double(), y
+    expected = gaunt_product_irreps_reference(x, y, blocks, blocks, blocks, True)
+    found = torch.func.vmap(lambda x, y: gaunt_product_irreps_reference(x, y, blocks, blocks, blocks, True))(x, y)
+    assert_close(found, expected)
+    with pytest.raises(RuntimeError, match=r"use geo\.ops\.gaunt_product_irreps_reference there"):
+        torch.func.vmap(lambda x, y: gaunt_product_irreps(x, y, blocks, blocks, blocks))(x, y)
+
+
+@pytest.mark.parametrize("method", ["auto", "grid"])
+@pytest.mark.parametrize(
+    ("changes", "error", "words"),
+    [
+        ({"x": torch.ones(2, 9)}, ValueError, r"x: expected \[\.\.\., 8\], got shape \[2, 9\]"),
+        ({"y": torch.ones(2, 8).long()}, TypeError, r"expected floating-point tensors, got torch\.int64"),
+        ({"blocks_out": Blocks((0, 1), 1, 4)}, ValueError, r"operands have \[2\] channels, the output 1"),
+        ({"blocks_y": Blocks((0, 3), 1, 8), "scale_x": torch.ones(2, 5)}, ValueError, r"\[1, 2, 5\] channels"),
+        ({"blocks_x": Blocks((0, 1), 2, 8)}, ValueError, "blocks_x: the block of degree 1 from 1 on overlaps"),
+        ({"blocks_x": Blocks((0, 3), 2, 8)}, ValueError, r"degree 1 from 3 on do not lie in \[0, 8\)"),
+        ({"blocks_x": Blocks((), 2, 8)}, ValueError, "blocks_x has 0 degrees, but must have from 1 to 65"),
+        ({"scale_x": torch.ones(3, 1)}, ValueError, r"scale_x: expected \[\.\.\., 2, C\], one row a degree"),
+    ],
+)
+def test_refusals_of_features_as_e3nn_has_them(changes, error, words, method):
+    blocks = Blocks((0, 2), 2, 8)
+    arguments = {"x": torch.ones(2, 8), "y": torch.ones(2, 8)}
+    arguments |= {"blocks_x": blocks, "blocks_y": blocks, "blocks_out": blocks}
+    with pytest.raises(error, match=words):
+        gaunt_product_irreps(**(arguments | changes), method=method)

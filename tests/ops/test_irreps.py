@@ -73,6 +73,8 @@ def test_refusals():
     x = torch.randn(3, 8)
     with pytest.raises(ValueError, match=r"2 channels of degree 1 from 3 on do not lie in \[0, 8\)"):
         pack_irreps(x, [0, 1], [0, 3], 2)
+    with pytest.raises(ValueError, match="the block of degree 1 from 1 on overlaps the one before it"):
+        pack_irreps(x, [0, 1], [0, 1], 2)
     with pytest.raises(ValueError, match="got 1 degrees and 2 starts"):
         pack_irreps(x, [0], [0, 2], 2)
     with pytest.raises(ValueError, match=r"x has shape \(3, 8\), but must be \(\.\.\., 4, 2\)"):
