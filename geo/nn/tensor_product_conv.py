@@ -197,7 +197,7 @@ class TensorProductConv(nn.Module):
             wanted = (num_edges, self.weight_numel)
             raise ValueError(f"weight has shape {tuple(weight.shape)}, but must be {wanted}")
         if size is not None and (not isinstance(size, tuple) or len(size) != 2 or size[0] != x.size(0)):
-            raise ValueError(f"size is {size!r}, but must be ({x.size(0)}, number of receivers)")
+            raise ValueError(f"size is {size!r}, but x has {x.size(0)} rows: it must be (that, number of receivers)")
         if plan is not None and size is not None and plan.dim_size != size[1]:
             raise ValueError(f"size is {size!r}, but plan is of {plan.dim_size} receivers")
 
