@@ -53,7 +53,7 @@ def info(file: TextIO | None = None) -> None:
     if torch.cuda.is_available():
         rows += [("cuda device", torch.cuda.get_device_name())]
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-    rows += [(f"gaunt 'auto', {device}", _gaunt_methods(device)) for device in devices]
+    rows += [(f"gaunt on {device}", _gaunt_methods(device)) for device in devices]
     rows += [("threads", f"{torch.get_num_threads()} (of {os.cpu_count()} cores)")]
     width = max(len(name) for name, _ in rows)
     print("\n".join(f"{name:<{width}}  {value}" for name, value in rows), file=file)
