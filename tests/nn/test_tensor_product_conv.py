@@ -327,8 +327,8 @@ def test_wrong_inputs():
         shared(d.x, d.edge_index, d.edge_sh, d.edge_weight)
     with pytest.raises(ValueError, match=r"size is \(4, 3\), but x has 3 rows"):
         conv(d.x, d.edge_index, d.edge_sh, d.edge_weight, size=(4, 3))
+    plan = SegmentPlan.from_edge_index(d.edge_index, 3)
     with pytest.raises(ValueError, match=r"size is \(3, 7\), but plan is of 3 receivers"):
-        plan = SegmentPlan.from_edge_index(d.edge_index, 3)
         conv(d.x, d.edge_index, d.edge_sh, d.edge_weight, size=(3, 7), plan=plan)
     for row in (0, 1):
         for bad in (-1, 3):
