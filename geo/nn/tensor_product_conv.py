@@ -91,7 +91,13 @@ class TensorProductConv(nn.Module):
         ):
             if value not in allowed:
                 raise ValueError(f"{name} is {value!r}, but must be one of {', '.join(map(repr, allowed))}")
-        self.irreps_in, self.irreps_sh, self.irreps_out = Irreps(irreps_in), Irreps(irreps_sh), Irreps(irreps_out)
+        parsed = []
+        for name, irreps in (("irreps_in", irreps_in), ("irreps_sh", irreps_sh), ("irreps_out", irreps_out)):
+            try:
+                parsed.append(Irreps(irreps))
+            except (ValueError, TypeError, AssertionError) as err:
+                raise ValueError(f"{name} is {irreps!r}, which e3nn does not read: {err}") from None
+        self.irreps_in, self.irreps_sh, self.irreps_out = parsed
         for mul, ir in self.irreps_sh:
             if mul != 1:
                 raise ValueError(f"irreps_sh has {mul}x{ir}, but each irrep of the edges must have multiplicity 1")
@@ -237,6 +243,8 @@ def _checked(number: int, path: Sequence[Any], irreps: tuple[Irreps, Irreps, Irr
     i, j, k, mode, trained = path[:5]
     path_weight = float(path[5]) if len(path) == 6 else 1.0
     for name, end, which in zip(("irreps_in", "irreps_sh", "irreps_out"), (i, j, k), irreps, strict=True):
+        if isinstance(end, bool) or not isinstance(end, int):
+            raise ValueError(f"{what} names block {end!r} of {name}, but blocks are counted by integers")
         if not 0 <= end < len(which):
             raise ValueError(f"{what} names block {end} of {name} = {which}, which has {len(which)}")
     if mode != "uvu":

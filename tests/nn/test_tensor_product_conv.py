@@ -310,6 +310,13 @@ def test_unknown_normalization(name):
         TensorProductConv(NATURAL, SH, "0e", **{name: "all"})
 
 
+def test_what_is_no_irreps_or_no_block():
+    with pytest.raises(ValueError, match="irreps_sh is '8x0q', which e3nn does not read"):
+        TensorProductConv("4x0e", "8x0q", "4x0e")
+    with pytest.raises(ValueError, match="names block 'a' of irreps_in, but blocks are counted by integers"):
+        TensorProductConv("4x0e", "0e", "4x0e", [("a", 0, 0, "uvu", True)])
+
+
 def test_wrong_inputs():
     conv, shared = build("uvu"), build("uvu", shared_weights=True)
     d = sample(conv, 3)
