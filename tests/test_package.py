@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import geo
 from geo import _native
@@ -56,6 +57,23 @@ def test_info_and_command_line_print_the_same(capsys):
     assert capsys.readouterr().out == text.getvalue()
     assert geo.__version__ in text.getvalue()
     assert re.search(r"cpu kernels +(loaded|not built|off|failed)", text.getvalue())
+
+
+def test_info_says_what_auto_means():
+    from geo.ops.gaunt import auto_method
+
+    text = io.StringIO()
+    geo.info(text)
+    (line,) = (line for line in text.getvalue().splitlines() if line.startswith("gaunt on cpu"))
+    product, bracket = line.split("; ")
+    for words, is_bracket in ((product, False), (bracket, True)):
+        runs = re.findall(r"(\w+) for L = (\d+)-(\d+)", words)
+        assert runs
+        for method, first, last in runs:
+            assert all(
+                auto_method(torch.empty(0), l, l, l, is_bracket) == method for l in range(int(first), int(last) + 1)
+            )
+        assert auto_method(torch.empty(0), 12, 12, 12, is_bracket) in words.split(", ")[-1]
 
 
 def test_native_kernels_are_there_in_ci():

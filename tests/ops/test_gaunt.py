@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from geo import _native
 from geo.ops import (
     Blocks,
     gaunt_product,
@@ -95,6 +96,16 @@ def test_auto_and_the_limit_of_lists(device):
     like = torch.empty(0, device=device)
     assert auto_method(like, 1, 1, 1) == "sparse"
     assert auto_method(like, 10, 10, 10) in ("grid", "separable")
+    if device.type == "cpu" and _native.have("cpu"):  # the crossover of benchmarks/tensor_products.md
+        for degrees, bracket, method in (
+            ((4, 4, 4), False, "sparse"),
+            ((6, 6, 6), False, "separable"),
+            ((5, 5, 5), True, "sparse"),
+            ((6, 6, 6), True, "separable"),
+            ((6, 1, 6), False, "sparse"),
+            ((5, 3, 5), False, "separable"),
+        ):
+            assert auto_method(like, *degrees, bracket) == method, (degrees, bracket)
     x = torch.randn(1, 14**2, 2, device=device)
     with pytest.raises(ValueError, match="method 'sparse' lists the couplings of degrees up to 12, got 13"):
         gaunt_product(x, x, 1, method="sparse")
