@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from geo.datasets.cache import DamagedFileError
     from geo.datasets.digit_points import DigitPoints
     from geo.datasets.force_field import ForceField
+    from geo.datasets.minesweeper import Minesweeper
     from geo.datasets.modelnet10_points import ModelNet10Points
     from geo.datasets.molecules import MoleculeDataset, energy_shift
     from geo.datasets.nbody import NBody
@@ -26,6 +27,7 @@ _HOME = {
     "DamagedFileError": "cache",
     "DigitPoints": "digit_points",
     "ForceField": "force_field",
+    "Minesweeper": "minesweeper",
     "ModelNet10Points": "modelnet10_points",
     "MoleculeDataset": "molecules",
     "NBody": "nbody",
@@ -37,6 +39,7 @@ __all__ = [
     "DamagedFileError",
     "DigitPoints",
     "ForceField",
+    "Minesweeper",
     "ModelNet10Points",
     "MoleculeDataset",
     "NBody",
