@@ -1,7 +1,7 @@
 """Layers: equivariant and permutation-equivariant modules, one family a file.
 
-:mod:`geo.nn.aggr` and `GauntConv` are imported on first use: PyG, whose classes they extend, takes longer to import
-than all the rest.
+:mod:`geo.nn.aggr`, `GauntConv` and `GPSGlobalConv` are imported on first use: PyG, on which they build, takes longer to
+import than all the rest.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 from geo.nn.frame_conv import SE2Conv, SE3Conv
+from geo.nn.gated_gcn_conv import GatedGCNConv
 from geo.nn.gaunt import GauntTensorProduct, as_e3nn
 from geo.nn.gaunt_power import GauntPower
 from geo.nn.kernel_basis import KernelBasis
@@ -34,11 +35,14 @@ if TYPE_CHECKING:
         VarAggregation,
     )
     from geo.nn.gaunt_conv import GauntConv
+    from geo.nn.gps_conv import GPSGlobalConv
 
 __all__ = [
     "PONITA",
     "ConvNeXtBlock",
     "FrameGrid",
+    "GPSGlobalConv",
+    "GatedGCNConv",
     "GauntConv",
     "GauntPower",
     "GauntTensorProduct",
@@ -62,12 +66,14 @@ __all__ = [
     "as_e3nn",
 ]
 
+_LAZY = {"GPSGlobalConv": "geo.nn.gps_conv", "GauntConv": "geo.nn.gaunt_conv"}
+
 
 def __getattr__(name: str) -> Any:
     if name == "aggr":
         return importlib.import_module("geo.nn.aggr")
-    if name == "GauntConv":
-        return importlib.import_module("geo.nn.gaunt_conv").GauntConv
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
     if name in __all__:
         return getattr(importlib.import_module("geo.nn.aggr"), name)
     raise AttributeError(f"module 'geo.nn' has no attribute {name!r}")
