@@ -28,6 +28,7 @@ from geo.ops.gaunt_irreps import Blocks, gaunt_product_irreps, gaunt_product_irr
 from geo.ops.gelu import gelu, gelu_reference
 from geo.ops.irreps import pack_irreps, pack_irreps_reference, unpack_irreps, unpack_irreps_reference
 from geo.ops.plan import SegmentPlan, csr_from_index, csr_from_index_reference
+from geo.ops.random_walk import random_walk, random_walk_reference
 from geo.ops.scatter import (
     scatter,
     scatter_add,
@@ -70,6 +71,7 @@ from geo.ops.segment_softmax import (
     segment_std,
     segment_std_reference,
 )
+from geo.ops.selective_scan import selective_scan, selective_scan_reference
 
 _native.load()
 
@@ -101,6 +103,8 @@ __all__ = [
     "gelu_reference",
     "pack_irreps",
     "pack_irreps_reference",
+    "random_walk",
+    "random_walk_reference",
     "scatter",
     "scatter_add",
     "scatter_log_softmax",
@@ -136,6 +140,8 @@ __all__ = [
     "segment_std_reference",
     "segment_sum_coo",
     "segment_sum_csr",
+    "selective_scan",
+    "selective_scan_reference",
     "sort_by_index",
     "unpack_irreps",
     "unpack_irreps_reference",
