@@ -42,6 +42,7 @@ from geo.ops.scatter import (
 )
 from geo.ops.scatter_softmax import scatter_log_softmax, scatter_logsumexp, scatter_softmax, scatter_std
 from geo.ops.segment import segment_reduce, segment_reduce_reference
+from geo.ops.segment_conv import segment_causal_conv1d, segment_causal_conv1d_reference
 from geo.ops.segment_csr import (
     gather_coo,
     gather_coo_reference,
@@ -119,6 +120,8 @@ __all__ = [
     "scatter_sum",
     "segment_add_coo",
     "segment_add_csr",
+    "segment_causal_conv1d",
+    "segment_causal_conv1d_reference",
     "segment_coo",
     "segment_csr",
     "segment_csr_reference",
