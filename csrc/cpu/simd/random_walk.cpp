@@ -1,0 +1,132 @@
+// Leaf kernels of random walks, compiled once per SIMD level (see vec.h).
+//
+// Many walks go in lockstep, so that their cache misses overlap and their draws fill vectors: a step draws for all of them,
+// then finds each one's edge, then follows it, and asks for the memory that the next of these needs.
+#include "../random_walk_table.h"
+
+#include "vec.h"
+
+#if GEO_SIMD_LEVEL == 0 && defined(__SSE2__)
+#include <emmintrin.h>
+#endif
+
+namespace geo {
+namespace GEO_SIMD_NAMESPACE {
+namespace {
+
+constexpr int kGroup = 64;  // walks
+constexpr int kLanes = vec<uint64_t>::lanes;
+
+struct VectorLane {
+  typedef vbits64 type;
+  GEO_INLINE type product(type word, uint32_t factor) {
+#if GEO_SIMD_LEVEL == 2
+    return (type)_mm512_mul_epu32((__m512i)word, _mm512_set1_epi64(factor));
+#elif GEO_SIMD_LEVEL == 1
+    return (type)_mm256_mul_epu32((__m256i)word, _mm256_set1_epi64x(factor));
+#elif defined(__SSE2__)
+    return (type)_mm_mul_epu32((__m128i)word, _mm_set1_epi64x(factor));
+#else
+    return (word & uint64_t(0xffffffffu)) * uint64_t(factor);
+#endif
+  }
+};
+
+struct Group {
+  alignas(64) uint64_t key[kGroup], walk[kGroup], choice[kGroup], halt[kGroup];
+  int64_t at[kGroup], before[kGroup], edge[kGroup];  // at: -1 where the walk has ended
+};
+
+GEO_INLINE vbits64& lanes(uint64_t* p) { return *reinterpret_cast<vbits64*>(p); }
+
+GEO_NOINLINE void draw_all(Group& group, int count, uint64_t seed, int64_t step) {
+  for (int i = 0; i < count; i += kLanes) {
+    vbits64 c0 = lanes(group.key + i), c1 = lanes(group.walk + i), c2 = vbits64{} + uint64_t(step), c3 = vbits64{};
+    philox<VectorLane>(c0, c1, c2, c3, seed);
+    lanes(group.choice + i) = choice_bits<VectorLane>(c0, c1);
+    lanes(group.halt + i) = c2;
+  }
+}
+
+GEO_INLINE void note(Outcome& outcome, int fault, int64_t position) {
+  if (outcome.fault >= 0 && (outcome.fault < fault || (outcome.fault == fault && outcome.position <= position))) return;
+  outcome = {fault, position};
+}
+
+template <class I, class Choice, class Halting>
+GEO_NOINLINE Outcome walk(const WalkJob& job, int64_t first, int64_t last) {
+  const WalkGraph<I> graph{static_cast<const I*>(job.ptr), static_cast<const I*>(job.col), job.num_nodes, job.num_edges};
+  const int64_t length = job.walk_length;
+  Outcome outcome{-1, 0};
+  Group group{};
+  int64_t s = first / job.num_walks, k = first % job.num_walks;
+  for (int64_t base = first; base < last; base += kGroup) {
+    const int count = last - base < kGroup ? int(last - base) : kGroup;
+    int64_t* nodes = job.nodes + base * (length + 1);
+    for (int i = 0; i < count; ++i) {
+      int64_t node = job.start[s];
+      group.key[i] = uint64_t(job.node_key ? job.node_key[s] : node);
+      group.walk[i] = uint64_t(job.first_walk + k);
+      if (uint64_t(node) >= uint64_t(graph.num_nodes)) {
+        note(outcome, kBadStart, s);
+        node = -1;
+      } else {
+        __builtin_prefetch(graph.ptr + node);
+      }
+      group.at[i] = nodes[i * (length + 1)] = node;
+      group.before[i] = -1;
+      if (++k == job.num_walks) ++s, k = 0;
+    }
+    for (int64_t step = 0; step < length; ++step) {
+      draw_all(group, count, job.laws.seed, step);
+      for (int i = 0; i < count; ++i) {
+        const int64_t at = group.at[i];
+        group.edge[i] = -1;
+        if (at < 0) continue;
+        if (Halting::ends(job.laws, uint32_t(group.halt[i]))) {
+          group.at[i] = -1;
+          continue;
+        }
+        const Row row = row_of(graph, at);
+        if (row.degree == 0) {
+          if (row.bad >= 0) note(outcome, kBadRowptr, row.bad);
+          continue;
+        }
+        const Walker walker{group.key[i], group.walk[i], uint64_t(step), at, group.before[i]};
+        const int64_t edge = Choice::edge(graph, job.laws, walker, row.begin, row.degree, group.choice[i]);
+        __builtin_prefetch(graph.col + edge);
+        group.edge[i] = edge;
+      }
+      for (int i = 0; i < count; ++i) {
+        const int64_t edge = group.edge[i];
+        if (edge >= 0) {
+          int64_t next = int64_t(graph.col[edge]);
+          if (uint64_t(next) >= uint64_t(graph.num_nodes)) {
+            note(outcome, kBadCol, edge);
+            next = -1;
+          } else {
+            __builtin_prefetch(graph.ptr + next);
+          }
+          group.before[i] = group.at[i];
+          group.at[i] = next;
+        }
+        nodes[i * (length + 1) + step + 1] = group.at[i];
+        if (job.edges) job.edges[(base + i) * length + step] = edge;
+      }
+    }
+  }
+  return outcome;
+}
+
+}  // namespace
+
+#define GEO_WALKS(I)                                                                              \
+  {                                                                                               \
+    {walk<I, UniformChoice, NeverHalt>, walk<I, UniformChoice, HaltBeforeStep>}, {                \
+      walk<I, NonBacktrackingChoice, NeverHalt>, walk<I, NonBacktrackingChoice, HaltBeforeStep> \
+    }                                                                                             \
+  }
+const WalkTable random_walk = {{GEO_WALKS(int64_t), GEO_WALKS(uint32_t)}};
+
+}  // namespace GEO_SIMD_NAMESPACE
+}  // namespace geo
