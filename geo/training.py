@@ -112,7 +112,7 @@ def training_flags(
     *,
     out: str,
     batch_size: int,
-    lr: float,
+    lr: float | None,
     budget: str,
     seed: int = 0,
 ) -> None:
@@ -122,7 +122,7 @@ def training_flags(
         parser: The example's parser.
         out: Default folder of everything the run writes.
         batch_size: Default number of graphs in a step.
-        lr: Default peak learning rate.
+        lr: Default peak learning rate; None where the example chooses it with its other settings.
         budget: What is trained when neither ``--epochs`` nor ``--max-time`` is given, in words (for ``--help``).
         seed: Default seed.
     """
@@ -140,7 +140,8 @@ def training_flags(
     group.add_argument(
         "--batch-size", type=_positive, default=batch_size, help="graphs in a step (default: %(default)s)"
     )
-    group.add_argument("--lr", type=float, default=lr, help="peak learning rate (default: %(default)s)")
+    rate = "the preset's" if lr is None else str(lr)
+    group.add_argument("--lr", type=float, default=lr, help=f"peak learning rate (default: {rate})")
     group.add_argument(
         "--seed", type=int, default=seed, help="seed of weights, shuffling and splits (default: %(default)s)"
     )
@@ -581,6 +582,7 @@ def fit(
     clip: float = 0.5,
     validate_every: int = 1,
     slice_seconds: float | None = None,
+    monitor: tuple[str, str] = ("val_loss", "min"),
 ) -> lightning.Trainer:
     """Train a module within the budget and load its best weights.
 
@@ -598,6 +600,7 @@ def fit(
         clip: Norm at which gradients are clipped.
         validate_every: Validate after this many epochs.
         slice_seconds: Stop after this time although the budget is not spent; ``--resume`` goes on.
+        monitor: What tells the best weights: a logged value, and ``'min'`` or ``'max'``.
 
     Returns:
         The trainer, ready for ``test``.
@@ -621,7 +624,13 @@ def fit(
         (folder / "metrics.csv").rename(folder / f"metrics_{len(list(folder.glob('metrics_*.csv'))):03d}.csv")
     module.max_seconds = max_seconds
     best = ModelCheckpoint(
-        dirpath=folder, filename="best", monitor="val_loss", save_last=True, save_top_k=1, enable_version_counter=False
+        dirpath=folder,
+        filename="best",
+        monitor=monitor[0],
+        mode=monitor[1],
+        save_last=True,
+        save_top_k=1,
+        enable_version_counter=False,
     )
     trainer = lightning.Trainer(
         accelerator=args.accelerator,
