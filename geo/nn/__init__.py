@@ -14,6 +14,7 @@ from geo.nn.gated_gcn_conv import GatedGCNConv
 from geo.nn.gaunt import GauntTensorProduct, as_e3nn
 from geo.nn.gaunt_power import GauntPower
 from geo.nn.kernel_basis import KernelBasis
+from geo.nn.node_order import NodeOrder
 from geo.nn.orientation_grid import FrameGrid, OrientationGrid
 from geo.nn.ponita import PONITA
 from geo.nn.se_conv import ConvNeXtBlock, PointConv, PoniConv
@@ -52,6 +53,7 @@ __all__ = [
     "MinAggregation",
     "MulAggregation",
     "MultiAggregation",
+    "NodeOrder",
     "OrientationGrid",
     "PointConv",
     "PoniConv",
