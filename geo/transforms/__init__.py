@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from geo.transforms.add_radius_graph import AddRadiusGraph
+from geo.transforms.add_walk_tokens import AddWalkTokens, WalkTokenData
 from geo.transforms.lift_to_position_orientation import LiftToPositionOrientation
 
-__all__ = ["AddRadiusGraph", "LiftToPositionOrientation"]
+__all__ = ["AddRadiusGraph", "AddWalkTokens", "LiftToPositionOrientation", "WalkTokenData"]
