@@ -19,6 +19,7 @@ from geo.nn.orientation_grid import FrameGrid, OrientationGrid
 from geo.nn.ponita import PONITA
 from geo.nn.se_conv import ConvNeXtBlock, PointConv, PoniConv
 from geo.nn.tensor_product_conv import TensorProductConv
+from geo.nn.token_encoder import MPNNTokenEncoder, RWFTokenEncoder
 
 if TYPE_CHECKING:
     from typing import Any
@@ -49,6 +50,7 @@ __all__ = [
     "GauntTensorProduct",
     "KernelBasis",
     "MaxAggregation",
+    "MPNNTokenEncoder",
     "MeanAggregation",
     "MinAggregation",
     "MulAggregation",
@@ -57,6 +59,7 @@ __all__ = [
     "OrientationGrid",
     "PointConv",
     "PoniConv",
+    "RWFTokenEncoder",
     "SE2Conv",
     "SE3Conv",
     "SoftmaxAggregation",
