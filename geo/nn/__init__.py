@@ -10,10 +10,12 @@ import importlib
 from typing import TYPE_CHECKING
 
 from geo.nn.frame_conv import SE2Conv, SE3Conv
+from geo.nn.gated_gcn import GatedGCN
 from geo.nn.gated_gcn_conv import GatedGCNConv
 from geo.nn.gaunt import GauntTensorProduct, as_e3nn
 from geo.nn.gaunt_power import GauntPower
 from geo.nn.kernel_basis import KernelBasis
+from geo.nn.mamba import BiMamba, SelectiveSSM
 from geo.nn.node_order import NodeOrder
 from geo.nn.orientation_grid import FrameGrid, OrientationGrid
 from geo.nn.ponita import PONITA
@@ -37,17 +39,22 @@ if TYPE_CHECKING:
         VarAggregation,
     )
     from geo.nn.gaunt_conv import GauntConv
-    from geo.nn.gps_conv import GPSGlobalConv
+    from geo.nn.gps_conv import GPSGlobalConv, GPSMambaConv
+    from geo.nn.graph_mamba import GraphMamba
 
 __all__ = [
     "PONITA",
+    "BiMamba",
     "ConvNeXtBlock",
     "FrameGrid",
     "GPSGlobalConv",
+    "GPSMambaConv",
+    "GatedGCN",
     "GatedGCNConv",
     "GauntConv",
     "GauntPower",
     "GauntTensorProduct",
+    "GraphMamba",
     "KernelBasis",
     "MaxAggregation",
     "MPNNTokenEncoder",
@@ -62,6 +69,7 @@ __all__ = [
     "RWFTokenEncoder",
     "SE2Conv",
     "SE3Conv",
+    "SelectiveSSM",
     "SoftmaxAggregation",
     "StdAggregation",
     "SumAggregation",
@@ -71,7 +79,12 @@ __all__ = [
     "as_e3nn",
 ]
 
-_LAZY = {"GPSGlobalConv": "geo.nn.gps_conv", "GauntConv": "geo.nn.gaunt_conv"}
+_LAZY = {
+    "GPSGlobalConv": "geo.nn.gps_conv",
+    "GPSMambaConv": "geo.nn.gps_conv",
+    "GauntConv": "geo.nn.gaunt_conv",
+    "GraphMamba": "geo.nn.graph_mamba",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -6,10 +6,14 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch_geometric.nn.inits import reset
 from torch_geometric.nn.resolver import activation_resolver, normalization_resolver
+
+from geo.nn.mamba import BiMamba
+from geo.nn.node_order import NodeOrder
 
 
 class GPSGlobalConv(nn.Module):
@@ -53,6 +57,7 @@ class GPSGlobalConv(nn.Module):
         ValueError: Neither module, an unknown option, or nodes of another width.
 
     Example:
+        >>> import torch
         >>> from geo.nn import GatedGCNConv
         >>> def mean(x, edge_index, batch):
         ...     return x.mean(0, keepdim=True).expand_as(x)
@@ -99,7 +104,13 @@ class GPSGlobalConv(nn.Module):
             reset(module)
 
     def forward(
-        self, x: Tensor, edge_index: Tensor, batch: Tensor | None = None, **kwargs: Any
+        self,
+        x: Tensor,
+        edge_index: Tensor,
+        batch: Tensor | None = None,
+        *,
+        global_kwargs: dict[str, Any] | None = None,
+        **kwargs: Any,
     ) -> Tensor | tuple[Tensor, Tensor | None]:
         """Runs the layer; returns the nodes, or (nodes, edge states) where the convolution does.
 
@@ -107,6 +118,7 @@ class GPSGlobalConv(nn.Module):
             x: States of the nodes.
             edge_index: Senders and receivers.
             batch: The graph of each node. (default: one graph)
+            global_kwargs: Go to the global module.
             **kwargs: Go to the convolution.
         """
         if x.dim() != 2 or x.size(1) != self.channels:
@@ -121,7 +133,8 @@ class GPSGlobalConv(nn.Module):
                 local, *rest = local
             parts.append(self._added(x, local, self.norm1, batch))
         if self.global_module is not None:
-            parts.append(self._added(x, self.global_module(x, edge_index, batch), self.norm2, batch))
+            far = self.global_module(x, edge_index, batch, **(global_kwargs or {}))
+            parts.append(self._added(x, far, self.norm2, batch))
         h = parts[0] if len(parts) == 1 else parts[0] + parts[1]
         out = self._normed(h + self.mlp(h), self.norm3, batch)
         return (out, *rest) if rest else out
@@ -138,6 +151,83 @@ class GPSGlobalConv(nn.Module):
     def extra_repr(self) -> str:
         """Sizes and options."""
         return f"{self.channels}, dropout={self.dropout}"
+
+
+class GPSMambaConv(GPSGlobalConv):
+    r"""GPS layer that reads the nodes of each graph, put in order, with a bidirectional Mamba in place of attention.
+
+    The "GPS + Mamba" of Graph Mamba (https://arxiv.org/abs/2402.08678) and its model without tokens:
+    :class:`GPSGlobalConv` with
+
+    .. math::
+        \mathrm{global}(x, G)_{\pi} = \mathrm{BiMamba}(x_{\pi})
+
+    for an order :math:`\pi` of the nodes by :class:`NodeOrder`. Its time grows linearly with the nodes, that of
+    ``torch_geometric.nn.GPSConv`` quadratically. The order is found anew in every call;
+    :class:`GraphMamba` does that once for all its layers.
+
+    Args:
+        channels: Width of the nodes.
+        conv: As of :class:`GPSGlobalConv`.
+        order: Key of :class:`NodeOrder`, which see. (default: ``'degree'``)
+        tie: How it breaks ties. (default: ``'random'``)
+        dropout: Probability in training. (default: ``0.0``)
+        act: Activation of the MLP, as PyG names it. (default: ``'relu'``)
+        act_kwargs: Its arguments.
+        norm: Normalisation, as of :class:`GPSGlobalConv`. (default: ``'batch_norm'``)
+        norm_kwargs: Its arguments.
+        **kwargs: Of :class:`BiMamba`: combine, bidirectional, share_A, d_state, d_conv, expand, ...
+
+    Shapes:
+        x :math:`(|V|, C)`, edge_index :math:`(2, |E|)`, batch :math:`(|V|)` sorted; output :math:`(|V|, C)`, with the
+        edge states behind it where the convolution makes some.
+
+    Symmetry and derivatives:
+        Equivariant to node permutation where the order has no ties, else in distribution; differentiable twice where
+        the convolution, the norm and the activation are. A graph's output depends on its batch in training with
+        ``'batch_norm'`` only.
+
+    Raises:
+        ValueError: An unknown option, nodes of another width, or an unsorted batch.
+
+    Example:
+        >>> from torch_geometric.nn import SAGEConv
+        >>> gps = GPSMambaConv(8, SAGEConv(8, 8), d_state=4)
+        >>> gps(torch.randn(3, 8), torch.tensor([[0, 1, 2], [1, 2, 0]])).shape
+        torch.Size([3, 8])
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        conv: nn.Module | None,
+        order: str | Callable[..., Tensor] = "degree",
+        tie: str = "random",
+        dropout: float = 0.0,
+        act: str = "relu",
+        act_kwargs: dict[str, Any] | None = None,
+        norm: str | None = "batch_norm",
+        norm_kwargs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        mamba = _OrderedMamba(NodeOrder(order, tie=tie), BiMamba(channels, **{"residual": False, **kwargs}))
+        super().__init__(channels, conv, mamba, dropout, act, act_kwargs, norm, norm_kwargs)
+
+
+class _OrderedMamba(nn.Module):
+    def __init__(self, order: NodeOrder, mamba: BiMamba) -> None:
+        super().__init__()
+        self.order, self.mamba = order, mamba
+
+    def reset_parameters(self) -> None:
+        self.mamba.reset_parameters()
+
+    def forward(self, x: Tensor, edge_index: Tensor, batch: Tensor | None) -> Tensor:
+        perm, ptr = self.order(edge_index, batch, x.size(0))
+        place = torch.empty_like(perm)
+        place[perm] = torch.arange(perm.numel(), device=perm.device)
+        out: Tensor = self.mamba(x[perm], ptr)[place]
+        return out
 
 
 def _norm(norm: str | None, channels: int, kwargs: dict[str, Any] | None) -> nn.Module | None:
