@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, Literal
 
 import torch
@@ -232,9 +233,12 @@ def _graph(data: Data) -> tuple[Tensor, int]:
         raise ValueError(f"edge_index is {given}, but must be an int64 tensor (2, |E|)")
     if edge_index.size(0) != 2:
         raise ValueError(f"edge_index has shape {tuple(edge_index.shape)}, but must be (2, |E|)")
-    if not data.can_infer_num_nodes:
-        raise ValueError("the number of nodes is not given: set num_nodes, or node features x")
-    num_nodes = int(data.num_nodes)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        try:
+            num_nodes = int(data.num_nodes)
+        except UserWarning:  # PyG would guess it from the edges, and miss isolated nodes
+            raise ValueError("the number of nodes is not given: set num_nodes, or node features x") from None
     bad = ((edge_index < 0) | (edge_index >= num_nodes)).nonzero()
     if len(bad):
         row, column = bad[0].tolist()
