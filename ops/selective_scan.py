@@ -304,7 +304,8 @@ def _scan(x: _Inputs, walk: _Walk, state: Tensor, with_output: bool = True) -> t
     outputs: list[Tensor] = []
     done: list[Tensor] = []
     for u, delta, B, C in zip(*parts, strict=True):
-        done.append(state[len(u) :])
+        if len(u) < len(state):
+            done.append(state[len(u) :].clone())  # a view would keep all of it
         bu = u[:, :, None] * B[:, None, :]
         state = x.decay(delta) * state[: len(u)] + x.gain(delta) * bu
         if with_output:
@@ -495,8 +496,7 @@ def _backward_kernel(
     starts, start_of = _starts(x, chunks, joints, initial_state, _at_once(A))
     arrivals, arrival_of = _arrivals(x, chunks, joints, g_y, grad_last_state, _at_once(A))
     to = _Gradients(*(torch.zeros_like(t) for t in (x.u, x.u, x.B, x.C, x.u, A)))
-    empty = A.new_empty(0)
-    by_state = empty
+    by_state = A.new_empty(0)
     if initial_state is not None:
         by_state = torch.zeros_like(initial_state) if grad_last_state is None else grad_last_state.clone()
     longest = int(chunks.length.max()) if chunks.length.numel() else 1
@@ -507,7 +507,7 @@ def _backward_kernel(
             heads = (walk.ids == chunks.first[chunks.segment[walk.ids]]).nonzero().flatten()
             by_state[chunks.segment[walk.ids[heads]]] = leaving[heads]
     by_u = to.u if D is None else to.u + D * g_y
-    by_D = empty if D is None else (g_y * x.u).sum(0)
+    by_D = A.new_empty(0) if D is None else (g_y * x.u).sum(0)
     by_z = u.new_empty(0)
     if z is not None:
         gate = widen(z)
@@ -517,7 +517,7 @@ def _backward_kernel(
     if delta_softplus:
         raw = widen(delta) if delta_bias is None else widen(delta) + delta_bias
         by_raw = torch.where(raw > 20, by_raw, by_raw * raw.sigmoid())
-    by_bias = empty if delta_bias is None else by_raw.sum(0)
+    by_bias = A.new_empty(0) if delta_bias is None else by_raw.sum(0)
     dtype = u.dtype
     return by_u.to(dtype), by_raw.to(dtype), to.A, to.B.to(dtype), to.C.to(dtype), by_D, by_z, by_bias, by_state
 
