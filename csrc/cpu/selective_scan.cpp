@@ -18,10 +18,10 @@
 namespace geo {
 namespace {
 
-constexpr int64_t kTileRows = 256, kMaxTiles = 128;           // at least, and about at most
-constexpr int64_t kWideBlock = 64, kFewTiles = 16;            // channels of a block where there are more tiles than that
-constexpr int64_t kSmall = 1 << 15;                           // states that are updated: one task
-constexpr int64_t kMostParts = int64_t(1) << 29;              // bytes
+constexpr int64_t kTileRows = 256, kMaxTiles = 128;                    // at least, and about at most
+constexpr int64_t kFewTiles = 16, kNarrowBlock = 16, kWideBlock = 64;  // channels of a block, with few tiles and many
+constexpr int64_t kSmall = 1 << 15;                                    // states that are updated: one task
+constexpr int64_t kMostParts = int64_t(1) << 29;                       // bytes
 
 const SelectiveScanTable& table(float) { return choose_table(GEO_TABLES(selective_scan_float)); }
 const SelectiveScanTable& table(double) { return choose_table(GEO_TABLES(selective_scan_double)); }
@@ -235,7 +235,7 @@ Gradients selective_scan_backward_cpu(const Tensor& grad_y_, const Optional& gra
     using T = typename accumulate<S>::type;
     Job<S> job(in);
     const int64_t tiles = in.num_tiles(), states = in.states(), width = size.width;
-    const int64_t block = tiles < kFewTiles ? job.leaf.lanes : std::max(kWideBlock, job.leaf.lanes);
+    const int64_t block = tiles < kFewTiles ? kNarrowBlock : kWideBlock;
     const int64_t blocks = (size.E + block - 1) / block, row = size.T * states;
     std::vector<T> sum_A(tiles * states * width), sum_D(tiles * width), sum_bias(tiles * width);
     std::unique_ptr<T[]> sum_B(new T[blocks * row]), sum_C(new T[blocks * row]);
@@ -264,8 +264,8 @@ Gradients selective_scan_backward_cpu(const Tensor& grad_y_, const Optional& gra
     parallel_blocks(size.T, 1 << 12, [&](int64_t, int64_t begin, int64_t end) {
       for (int64_t t = begin; t < end; ++t)
         for (int64_t n = 0; n < size.N; ++n) {
-          T b = T(0), c = T(0);
-          for (int64_t k = 0; k < blocks; ++k) {
+          T b = blocks ? sum_B[t * states + n] : T(0), c = blocks ? sum_C[t * states + n] : T(0);
+          for (int64_t k = 1; k < blocks; ++k) {
             b += sum_B[k * row + t * states + n];
             c += sum_C[k * row + t * states + n];
           }

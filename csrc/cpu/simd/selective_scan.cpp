@@ -76,6 +76,12 @@ constexpr int kBackGroups = kRegisters == 32 ? 2 : 1;
 template <class T>
 using Vec = typename vec<T>::type;
 
+// x in all lanes. Less 0 it is x itself, also where that is -0, and the compiler knows: unlike 0 + x, this is one broadcast.
+template <class T>
+GEO_INLINE Vec<T> broadcast(T x) {
+  return x - Vec<T>{};
+}
+
 // n lanes from p on
 template <class S>
 GEO_INLINE auto get(const S* p, int n) {
@@ -98,6 +104,17 @@ struct Rows {
   V y[kChunk], fed_grad[kChunk], rate_grad[kChunk];
 };
 
+// Rows that are read or written soon, asked for a row at a time: those of a vector of channels are too far apart to be
+// foreseen by the processor.
+struct Ahead {
+  const char* row[4];
+  int count;
+  int64_t by;
+  GEO_INLINE void fetch(const Ahead& ahead, int64_t k) {
+    for (int i = 0; i < ahead.count; ++i) prefetch(ahead.row[i] + k * ahead.by);
+  }
+};
+
 // What the passes over states share.
 template <class T>
 struct Pass {
@@ -107,7 +124,8 @@ struct Pass {
   bool zoh;
   const T *rate, *inverse;  // [states, stride]
   int64_t stride, states;
-  const T *b, *c;  // [kChunk, states]
+  const T *b, *c;        // [kChunk, states]
+  Ahead inputs, results;  // of the next chunk, of this one
 };
 
 // States of a pass, and what is multiplied with them.
@@ -144,14 +162,15 @@ GEO_NOINLINE void scan_rows(const Pass<T>& pass, int64_t first, Vec<T>* state, V
   GEO_UNROLL(16) for (int n = 0; n < kCount; ++n) h[n] = state[first + n];
   const T *b = pass.b + first, *c = pass.c + first;
   GEO_UNROLL(1) for (int k = 0; k < pass.count; ++k) {
+    Ahead::fetch(pass.inputs, k);
     const V d = pass.rows.step[k], fed = pass.rows.fed[k];
     V sum = y[k];
     GEO_UNROLL(4) for (int g = 0; g < G; ++g) {
       V part;
       GEO_UNROLL(4) for (int j = 0; j < kStates; ++j) {
         const int n = g * kStates + j;
-        h[n] = fed_state<kZoh>(step_of<T, kZoh>(d, rates.rate[n], rates.inverse[n]), h[n], fed, V{} + b[n]);
-        part = j ? multiply_add(h[n], V{} + c[n], part) : h[n] * c[n];
+        h[n] = fed_state<kZoh>(step_of<T, kZoh>(d, rates.rate[n], rates.inverse[n]), h[n], fed, broadcast(b[n]));
+        part = j ? multiply_add(h[n], broadcast(c[n]), part) : h[n] * c[n];
       }
       sum = sum + part;
     }
@@ -182,10 +201,11 @@ GEO_NOINLINE void replay_rows(const Pass<T>& pass, int64_t first, Vec<T>* state,
   }
   const T* b = pass.b + first;
   GEO_UNROLL(1) for (int k = 0; k < pass.count; ++k) {
+    Ahead::fetch(pass.inputs, k);
     const V d = pass.rows.step[k], fed = pass.rows.fed[k];
     GEO_UNROLL(16) for (int n = 0; n < kCount; ++n) {
       const ScanStep<V> step = step_of<T, kZoh>(d, rates.rate[n], rates.inverse[n]);
-      h[n] = fed_state<kZoh>(step, h[n], fed, V{} + b[n]);
+      h[n] = fed_state<kZoh>(step, h[n], fed, broadcast(b[n]));
       if constexpr (kTrace) {
         trace->h[k + 1][n] = h[n];
         trace->decay[k][n] = step.decay;
@@ -208,7 +228,7 @@ GEO_NOINLINE void read_trace(const Pass<T>& pass, int64_t first, const Trace<T, 
       V part;
       GEO_UNROLL(4) for (int j = 0; j < kStates; ++j) {
         const int n = g * kStates + j;
-        part = j ? multiply_add(trace.h[k + 1][n], V{} + c[n], part) : trace.h[k + 1][n] * c[n];
+        part = j ? multiply_add(trace.h[k + 1][n], broadcast(c[n]), part) : trace.h[k + 1][n] * c[n];
       }
       sum = sum + part;
     }
@@ -216,17 +236,77 @@ GEO_NOINLINE void read_trace(const Pass<T>& pass, int64_t first, const Trace<T, 
   }
 }
 
+// Sums over lanes, of dB and dC: vectors are folded in pairs, and these again, until each lane holds a sum. So the vectors
+// of K states, dB and dC of each in turn, leave their sums in the lanes of one vector, at the reversed bits of their place.
+// a in the lanes whose bit kBit is 0, b in the others, each with the lane at the other side of that bit added to it.
+template <class T, int kBit>
+GEO_INLINE Vec<T> fold(Vec<T> a, Vec<T> b) {
+  typename bits_of<Vec<T>>::type stay, move;
+  constexpr int lanes = vec<T>::lanes;
+  GEO_UNROLL(16) for (int i = 0; i < lanes; ++i) {
+    stay[i] = i & kBit ? lanes + i : i;
+    move[i] = i & kBit ? lanes + i - kBit : i + kBit;
+  }
+  return __builtin_shuffle(a, b, stay) + __builtin_shuffle(a, b, move);
+}
+template <class T, int kBit>
+GEO_INLINE Vec<T> fold_rest(Vec<T> v) {
+  if constexpr (kBit == 0)
+    return v;
+  else
+    return fold_rest<T, kBit / 2>(fold<T, kBit>(v, v));
+}
+template <int K>
+struct State {
+  static constexpr int value = K;
+};
+// The fold of leaf(State<n>()), the folded dB and dC of state n, over kCount states from kFirst on.
+template <class T, int kFirst, int kCount, class F>
+GEO_INLINE Vec<T> fold_states(F&& leaf) {
+  if constexpr (kCount == 1) {
+    return leaf(State<kFirst>());
+  } else {
+    const Vec<T> a = fold_states<T, kFirst, kCount / 2>(leaf), b = fold_states<T, kFirst + kCount / 2, kCount / 2>(leaf);
+    return fold<T, vec<T>::lanes / (2 * kCount)>(a, b);
+  }
+}
+// How the states of a pass are folded: `vectors` of `states` each.
+template <class T, int G>
+struct Folding {
+  static constexpr int lanes = vec<T>::lanes, all = G * kStates;
+  static constexpr int states = 2 * all < lanes ? all : lanes / 2, vectors = all / states;
+  // to_b and to_c, [all], from the vectors of a row
+  GEO_INLINE void unfold(const Vec<T>* from, T* to_b, T* to_c) {
+    typename bits_of<Vec<T>>::type order;
+    GEO_UNROLL(16) for (int i = 0; i < lanes; ++i) {
+      const int place = i < states ? 2 * i : (2 * (i - states) + 1) % lanes;
+      int lane = 0;
+      GEO_UNROLL(4) for (int bit = 1; bit < lanes; bit *= 2) lane = 2 * lane + (place & bit ? 1 : 0);
+      order[i] = lane;
+    }
+    for (int i = 0; i < vectors; ++i) {
+      T sums[lanes];
+      store(sums, __builtin_shuffle(from[i], order));
+      memcpy(to_b + i * states, sums, sizeof(T) * states);
+      memcpy(to_c + i * states, sums + states, sizeof(T) * states);
+    }
+  }
+};
+template <class T>
+constexpr int kFoldedVectors = Folding<T, 1>::vectors;  // of a group, or fewer
+
 // Gradients of the states, carried back through a chunk, and what they leave.
 template <class T>
 struct Back {
-  Vec<T>*state, *rate;         // dh and dA, [states]
-  Vec<T>*b, *c;                // lanes of dB and dC, [kChunk, states]
+  Vec<T>*state, *rate;          // dh and dA, [states]
+  Vec<T>* folded;               // dB and dC, [kFoldedVectors * groups, kChunk], taken a pass at a time
   Vec<T>*fed_grad, *rate_grad;  // sums over states: of g v B, and of what Delta is multiplied with in the exponent
 };
 
 template <class T, int G, bool kZoh>
 GEO_NOINLINE void walk_back(const Pass<T>& pass, int64_t first, const Trace<T, G>& trace, const Back<T>& back) {
   typedef Vec<T> V;
+  typedef Folding<T, G> Folded;
   constexpr int kCount = G * kStates;
   Rates<T, G> rates;
   Rates<T, G>::load_from(rates, pass, first, kZoh);
@@ -237,40 +317,50 @@ GEO_NOINLINE void walk_back(const Pass<T>& pass, int64_t first, const Trace<T, G
   }
   const int64_t last = pass.count - 1;
   const T *b = pass.b + last * pass.states + first, *c = pass.c + last * pass.states + first;
-  V *to_b = back.b + last * pass.states + first, *to_c = back.c + last * pass.states + first;
+  V* folded = back.folded + kFoldedVectors<T> * kChunk * (first / kStates) + last * Folded::vectors;
   GEO_UNROLL(1) for (int64_t k = last; k >= 0; --k) {
+    Ahead::fetch(pass.results, k);
     const V d = pass.rows.step[k], fed = pass.rows.fed[k], grad = pass.rows.grad[k];
-    V fed_grad = back.fed_grad[k], rate_grad = back.rate_grad[k];
-    GEO_UNROLL(4) for (int i = 0; i < G; ++i) {
-      V fed_part = V{}, rate_part = V{}, gain_part = V{};
-      GEO_UNROLL(4) for (int j = 0; j < kStates; ++j) {
-        const int n = i * kStates + j;
-        const V decay = trace.decay[k][n], bn = V{} + b[n];
-        const V g = multiply_add(grad, V{} + c[n], carried[n]), ge = g * decay, w = ge * trace.h[k][n];
-        V gv = g;
-        if constexpr (kZoh) {
-          const ScanStep<V> step{decay, trace.gain[k][n]};
-          gv = g * step.gain;
-          gain_part = j ? multiply_add(ge, bn, gain_part) : ge * bn;
-          rate_sum[n] = multiply_add(g * bn * fed, zoh_gain_grad<T>(d, rates.rate[n], rates.inverse[n], step), rate_sum[n]);
-        }
-        to_c[n] = multiply_add(grad, trace.h[k + 1][n], to_c[n]);
-        to_b[n] = multiply_add(gv, fed, to_b[n]);
-        fed_part = j ? multiply_add(gv, bn, fed_part) : gv * bn;
-        rate_part = j ? multiply_add(w, rates.rate[n], rate_part) : w * rates.rate[n];
-        rate_sum[n] = multiply_add(w, d, rate_sum[n]);
-        carried[n] = ge;
+    V fed_grad = back.fed_grad[k], rate_grad = back.rate_grad[k], fed_part, rate_part, gain_part;
+    const auto leaf = [&](auto state) GEO_INLINED {
+      constexpr int n = decltype(state)::value, j = n % kStates;
+      const V decay = trace.decay[k][n], bn = broadcast(b[n]);
+      const V g = multiply_add(grad, broadcast(c[n]), carried[n]), ge = g * decay, w = ge * trace.h[k][n];
+      V gv = g;
+      if constexpr (kZoh) {
+        const ScanStep<V> step{decay, trace.gain[k][n]};
+        gv = g * step.gain;
+        gain_part = j ? multiply_add(ge, bn, gain_part) : ge * bn;
+        rate_sum[n] = multiply_add(g * bn * fed, zoh_gain_grad<T>(d, rates.rate[n], rates.inverse[n], step), rate_sum[n]);
       }
-      if constexpr (kZoh) rate_part = multiply_add(gain_part, fed * T(1 / kScanLog2), rate_part);
-      fed_grad = fed_grad + fed_part;
-      rate_grad = rate_grad + rate_part;
+      fed_part = j ? multiply_add(gv, bn, fed_part) : gv * bn;
+      rate_part = j ? multiply_add(w, rates.rate[n], rate_part) : w * rates.rate[n];
+      rate_sum[n] = multiply_add(w, d, rate_sum[n]);
+      carried[n] = ge;
+      if constexpr (j == kStates - 1) {
+        if constexpr (kZoh) rate_part = multiply_add(gain_part, fed * T(1 / kScanLog2), rate_part);
+        fed_grad = fed_grad + fed_part;
+        rate_grad = rate_grad + rate_part;
+      }
+      return fold<T, Folded::lanes / 2>(gv * fed, grad * trace.h[k + 1][n]);
+    };
+    const auto put_vector = [&](auto vector) GEO_INLINED {
+      constexpr int i = decltype(vector)::value;
+      const V sums = fold_states<T, i * Folded::states, Folded::states>(leaf);
+      folded[i] = folded[i] + fold_rest<T, Folded::lanes / (4 * Folded::states)>(sums);
+    };
+    put_vector(State<0>());
+    if constexpr (Folded::vectors > 1) put_vector(State<1>());
+    if constexpr (Folded::vectors > 2) {
+      put_vector(State<2>());
+      put_vector(State<3>());
     }
+    static_assert(Folded::vectors == 1 || Folded::vectors == 2 || Folded::vectors == 4, "");
     back.fed_grad[k] = fed_grad;
     back.rate_grad[k] = rate_grad;
     b -= pass.states;
     c -= pass.states;
-    to_b -= pass.states;
-    to_c -= pass.states;
+    folded -= Folded::vectors;
   }
   GEO_UNROLL(16) for (int n = 0; n < kCount; ++n) {
     back.state[first + n] = carried[n];
@@ -328,33 +418,6 @@ GEO_INLINE void back_pass(const Pass<T>& pass, int64_t begin, int64_t end, Vec<T
   });
 }
 
-// Lane i of the result is the sum of the lanes of v[i]: pairs of vectors are folded into one until one is left.
-template <class T, int K>
-GEO_INLINE void fold_vectors(Vec<T>* v) {
-  if constexpr (K > 0) {
-    typename bits_of<Vec<T>>::type stay, move;
-    constexpr int lanes = vec<T>::lanes;
-    GEO_UNROLL(16) for (int i = 0; i < lanes; ++i) {
-      stay[i] = i & K ? lanes + i : i;
-      move[i] = i & K ? lanes + i - K : i + K;
-    }
-    GEO_UNROLL(16) for (int i = 0; i < K; ++i)
-      v[i] = __builtin_shuffle(v[i], v[i + K], stay) + __builtin_shuffle(v[i], v[i + K], move);
-    fold_vectors<T, K / 2>(v);
-  }
-}
-// out[i] = the sum of the lanes of v[i], `count` rounded up to whole vectors
-template <class T>
-GEO_NOINLINE void sum_vectors(const Vec<T>* v, int64_t count, T* out) {
-  constexpr int lanes = vec<T>::lanes;
-  for (int64_t i = 0; i < count; i += lanes) {
-    Vec<T> part[lanes];
-    GEO_UNROLL(16) for (int j = 0; j < lanes; ++j) part[j] = v[i + j];
-    fold_vectors<T, lanes / 2>(part);
-    store(out + i, part[0]);
-  }
-}
-
 // One task: its segments are cut into chunks of rows in the order of the scan.
 template <class S>
 struct Task {
@@ -375,6 +438,22 @@ struct Task {
     const int64_t begin = t.job.ptr[segment], end = t.job.ptr[segment + 1], done = index * kChunk;
     const int64_t left = end - begin - done;
     return {t.job.reverse ? end - 1 - done : begin + done, t.job.reverse ? -1 : 1, int(left < kChunk ? left : kChunk)};
+  }
+  // The rows of channels c that are read after this chunk.
+  Chunk following(int64_t segment, int64_t index) const {
+    if (index + 1 < num_chunks(job, segment)) return chunk_of(*this, segment, index + 1);
+    int64_t next = segment + 1;
+    while (next < task.last_segment && num_chunks(job, next) == 0) ++next;
+    return next < task.last_segment ? chunk_of(*this, next, 0) : Chunk{};
+  }
+  Ahead ahead_of(const Chunk& chunk, int64_t c, const void* x0, const void* x1, const void* x2, const void* x3) const {
+    Ahead ahead{};
+    if (chunk.count == 0) return ahead;
+    ahead.by = chunk.by * job.E * int64_t(sizeof(S));
+    const void* const arrays[] = {x0, x1, x2, x3};
+    for (const void* p : arrays)
+      if (p) ahead.row[ahead.count++] = reinterpret_cast<const char*>(static_cast<const S*>(p) + chunk.first * job.E + c);
+    return ahead;
   }
   static int64_t num_chunks(const Scan& job, int64_t segment) {
     return (job.ptr[segment + 1] - job.ptr[segment] + kChunk - 1) / kChunk;
@@ -429,7 +508,7 @@ struct Task {
     for (int k = 0; k < chunk.count; ++k) rows.y[k] = skip * rows.x[k];
   }
   static void clear(V* sum, int count) {  // -0: the first term as it is
-    for (int k = 0; k < count; ++k) sum[k] = V{} - T(0);
+    for (int k = 0; k < count; ++k) sum[k] = -V{};
   }
 
   // Sums over the states of one group.
@@ -469,9 +548,10 @@ struct Task {
     }
   }
 
-  Pass<T> pass_of(const Rows<T>& rows, const Chunk& chunk, int64_t c, const T* b, const T* c_) const {
-    return {rows,      chunk.count, job.zoh, static_cast<const T*>(job.rate) + c, static_cast<const T*>(job.inverse) + c,
-            job.width, states,      b,       c_};
+  Pass<T> pass_of(const Rows<T>& rows, const Chunk& chunk, int64_t c, const T* b, const T* c_, const Ahead& inputs,
+                  const Ahead& results) const {
+    const T *rate = static_cast<const T*>(job.rate) + c, *inverse = static_cast<const T*>(job.inverse) + c;
+    return {rows, chunk.count, job.zoh, rate, inverse, job.width, states, b, c_, inputs, results};
   }
 
   void forward(V* scratch) const {
@@ -492,7 +572,8 @@ struct Task {
           } else {
             read_states(job.B, chunk, b);
             read_states(job.C, chunk, c_);
-            const Pass<T> pass = pass_of(rows, chunk, c, b, c_);
+            const Ahead inputs = ahead_of(following(segment, i), c, job.u, job.delta, job.z, job.y);
+            const Pass<T> pass = pass_of(rows, chunk, c, b, c_, inputs, {});
             if (task.mode == ScanMode::kWhole) scan_pass(pass, 0, job.groups, state, rows.y);
             for (int64_t g = task.first_group; task.mode == ScanMode::kPart && g < task.last_group; ++g) {
               clear(rows.y, chunk.count);
@@ -539,11 +620,11 @@ struct Task {
       at += count;
       return taken;
     };
-    V *state = take(states), *lanes_b = take(kChunk * states), *lanes_c = take(kChunk * states);
+    const int64_t num_folded = kFoldedVectors<T> * kChunk * job.groups;
+    V *state = take(states), *folded = take(num_folded);
     V *state_grad = take(blocks * states), *rate_grad = take(blocks * states), *skip = take(blocks), *bias = take(blocks);
-    T *b = reinterpret_cast<T*>(at), *c_ = b + kChunk * states, *sum_b = c_ + kChunk * states, *sum_c = sum_b + kChunk * states;
-    at = reinterpret_cast<V*>(sum_c + kChunk * states);
-    V* checkpoint = at;  // [chunks, blocks, states]
+    T *b = reinterpret_cast<T*>(at), *c_ = b + kChunk * states;
+    V* checkpoint = reinterpret_cast<V*>(c_ + kChunk * states);  // [chunks, blocks, states]
     memset(scratch, 0, reinterpret_cast<char*>(checkpoint) - reinterpret_cast<char*>(scratch));
     const bool finish = task.mode == ScanMode::kFinish, part = task.mode == ScanMode::kPart;
     const int64_t first_state = task.first_group * kStates;
@@ -560,7 +641,8 @@ struct Task {
           read_states(job.B, chunk, b);
           V *from = checkpoint + (i * blocks + k) * states, *to = from + blocks * states;
           for (int64_t n = first_state; n < task.last_group * kStates; ++n) to[n] = from[n];
-          move_pass(pass_of(rows, chunk, c, b, c_), task.first_group, task.last_group, to);
+          const Ahead inputs = ahead_of(chunk_of(*this, segment, i + 1), c, job.u, job.delta, nullptr, nullptr);
+          move_pass(pass_of(rows, chunk, c, b, c_, inputs, {}), task.first_group, task.last_group, to);
         }
       }
       for (int64_t i = chunks - 1; i >= 0; --i) {
@@ -568,7 +650,7 @@ struct Task {
         if (!finish) {
           read_states(job.B, chunk, b);
           read_states(job.C, chunk, c_);
-          memset(lanes_b, 0, sizeof(V) * 2 * kChunk * states);
+          memset(folded, 0, sizeof(V) * num_folded);
         }
         for (int64_t k = 0; k < blocks; ++k) {
           const int64_t c = task.first_channel + k * kLanes;
@@ -583,8 +665,13 @@ struct Task {
             add_parts(1, chunk, c, rows.rate_grad);
             if (job.z) add_parts(2, chunk, c, rows.y);
           } else {
-            const Pass<T> pass = pass_of(rows, chunk, c, b, c_);
-            const Back<T> back{sums.state, sums.rate, lanes_b, lanes_c, rows.fed_grad, rows.rate_grad};
+            const bool same = k + 1 < blocks;
+            const Chunk next = same ? chunk : i > 0 ? chunk_of(*this, segment, i - 1) : following(segment, chunks - 1);
+            const int64_t next_c = same ? c + kLanes : task.first_channel;
+            const Ahead inputs = ahead_of(next, next_c, job.u, job.delta, job.z, job.grad_y);
+            const Ahead results = ahead_of(chunk, c, job.du, job.ddelta, job.dz, nullptr);
+            const Pass<T> pass = pass_of(rows, chunk, c, b, c_, inputs, results);
+            const Back<T> back{sums.state, sums.rate, folded, rows.fed_grad, rows.rate_grad};
             V *from = checkpoint + (i * blocks + k) * states, *y = job.z ? rows.y : nullptr;
             for (int64_t n = first_state; n < task.last_group * kStates; ++n) state[n] = from[n];
             if (!part) back_pass(pass, 0, job.groups, state, back, y);
@@ -601,14 +688,16 @@ struct Task {
           if (!part) write_grads(chunk, c, rows, sums);
         }
         if (finish) continue;
-        sum_vectors<T>(lanes_b, chunk.count * states, sum_b);
-        sum_vectors<T>(lanes_c, chunk.count * states, sum_c);
-        for (int k = 0; k < chunk.count; ++k) {
-          const int64_t row = (task.block * job.T + Chunk::row(chunk, k)) * states;
-          const int64_t bytes = sizeof(T) * (task.last_group - task.first_group) * kStates;
-          memcpy(static_cast<T*>(job.dB) + row + first_state, sum_b + k * states + first_state, bytes);
-          memcpy(static_cast<T*>(job.dC) + row + first_state, sum_c + k * states + first_state, bytes);
-        }
+        const auto unfold = [&](int64_t first, auto groups) {
+          typedef Folding<T, decltype(groups)::value> Folded;
+          for (int k = 0; k < chunk.count; ++k) {
+            const int64_t to = (task.block * job.T + Chunk::row(chunk, k)) * states + first;
+            Folded::unfold(folded + kFoldedVectors<T> * kChunk * (first / kStates) + k * Folded::vectors,
+                           static_cast<T*>(job.dB) + to, static_cast<T*>(job.dC) + to);
+          }
+        };
+        if (!part) for_passes<kBackGroups>(0, job.groups, unfold);
+        if (part) for_passes<1>(task.first_group, task.last_group, unfold);
       }
       for (int64_t k = 0; job.dinitial && !finish && k < blocks; ++k)
         write_state(job.dinitial, segment, task.first_channel + k * kLanes, state_grad + k * states);
@@ -630,8 +719,19 @@ struct Task {
     int64_t longest = 1;
     for (int64_t s = task.first_segment; task.mode != ScanMode::kFinish && s < task.last_segment; ++s)
       longest = num_chunks(job, s) > longest ? num_chunks(job, s) : longest;
-    return states * (1 + 2 * kChunk) + blocks() * (2 * states + 2) + 4 * scalars + longest * blocks() * states;
+    const int64_t folded = kFoldedVectors<T> * kChunk * job.groups;
+    return states + folded + blocks() * (2 * states + 2) + 2 * scalars + longest * blocks() * states;
   }
+};
+
+// While it lives, numbers below the normal range count as 0. A state that is not fed any more, and a gradient on its way
+// back from the few rows that have one, would stay there for good, at a hundred cycles for each operation.
+struct NoSubnormals {
+#ifdef __SSE__
+  const unsigned before = __builtin_ia32_stmxcsr();
+  NoSubnormals() { __builtin_ia32_ldmxcsr(before | 0x8040u); }
+  ~NoSubnormals() { __builtin_ia32_ldmxcsr(before); }
+#endif
 };
 
 template <class S>
@@ -640,10 +740,12 @@ int64_t scratch(const Scan& job, const ScanTask& task, bool back) {
 }
 template <class S>
 void forward(const Scan& job, const ScanTask& task, void* scratch) {
+  [[maybe_unused]] const NoSubnormals guard;
   Task<S>{job, task}.forward(static_cast<typename Task<S>::V*>(scratch));
 }
 template <class S>
 void backward(const Scan& job, const ScanTask& task, void* scratch) {
+  [[maybe_unused]] const NoSubnormals guard;
   Task<S>{job, task}.backward(static_cast<typename Task<S>::V*>(scratch));
 }
 
