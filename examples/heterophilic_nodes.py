@@ -48,7 +48,7 @@ PAPER = {
     "tolokers": (84.52, None, None, None, None, 77.31),
 }
 PRESETS: dict[str, dict[str, Any]] = {
-    "paper": {"layers": 3, "walk_length": 2, "num_walks": 4, "num_repeats": 2, "dropout": 0.2, "lr": 1e-3},
+    "paper": {"layers": 3, "walk_length": 2, "num_walks": 4, "num_repeats": 1, "dropout": 0.2, "lr": 1e-3},
     "tuned": {"layers": 8, "walk_length": 0, "num_walks": 1, "num_repeats": 1, "dropout": 0.2, "lr": 2e-3},
 }
 

@@ -23,6 +23,7 @@ from torch_geometric.loader import DataLoader
 from torch_geometric.nn import global_mean_pool
 from torch_geometric.transforms import AddRandomWalkPE, Compose
 from torchmetrics.functional.classification import multilabel_average_precision
+from tqdm import tqdm
 
 from geo.nn import GatedGCN, GraphMamba
 from geo.training import Supervised, curve_plot, fit, read_log, report, start, training_flags
@@ -143,16 +144,14 @@ def main(argv: list[str] | None = None) -> list[list[object]]:
     transform = Compose(steps)
     if args.data == "ends":
         sizes = (16, 8, 8) if args.smoke else (2000, 200, 500)
-        parts = [[transform(graph) for graph in ends(n, args.seed + 10 * k)] for k, n in enumerate(sizes)]
-        out_channels, metric = 2, "accuracy (%)"
+        graphs: list[Any] = [ends(n, args.seed + 10 * k) for k, n in enumerate(sizes)]
     else:
         from torch_geometric.datasets import LRGBDataset
 
-        parts = [
-            LRGBDataset(str(args.root), args.data, split, pre_transform=transform) for split in ("train", "val", "test")
-        ]
-        out_channels = parts[0][0].y.size(1)
-        metric = "average precision (%)" if args.data == "peptides-func" else "mean absolute error"
+        graphs = [LRGBDataset(str(args.root), args.data, split) for split in ("train", "val", "test")]
+    parts = [[transform(graph) for graph in tqdm(part, desc="encodings and tokens", disable=None)] for part in graphs]
+    out_channels = {"ends": 2, "peptides-func": 10, "peptides-struct": 11}[args.data]
+    metric = {"ends": "accuracy (%)", "peptides-func": "average precision (%)"}.get(args.data, "mean absolute error")
     train = DataLoader(parts[0], batch_size=args.batch_size, shuffle=True)
     val, test = (DataLoader(part, batch_size=args.batch_size) for part in parts[1:])
 

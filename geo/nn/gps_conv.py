@@ -164,7 +164,8 @@ class GPSMambaConv(GPSGlobalConv):
 
     for an order :math:`\pi` of the nodes by :class:`NodeOrder`. Its time grows linearly with the nodes, that of
     ``torch_geometric.nn.GPSConv`` quadratically. The order is found anew in every call;
-    :class:`GraphMamba` does that once for all its layers.
+    :class:`GraphMamba` does that once for all its layers. Under ``torch.compile`` a batch of several graphs needs
+    ``global_kwargs={'batch_size': B}`` in the call.
 
     Args:
         channels: Width of the nodes.
@@ -222,8 +223,8 @@ class _OrderedMamba(nn.Module):
     def reset_parameters(self) -> None:
         self.mamba.reset_parameters()
 
-    def forward(self, x: Tensor, edge_index: Tensor, batch: Tensor | None) -> Tensor:
-        perm, ptr = self.order(edge_index, batch, x.size(0))
+    def forward(self, x: Tensor, edge_index: Tensor, batch: Tensor | None, batch_size: int | None = None) -> Tensor:
+        perm, ptr = self.order(edge_index, batch, x.size(0), batch_size=batch_size)
         place = torch.empty_like(perm)
         place[perm] = torch.arange(perm.numel(), device=perm.device)
         out: Tensor = self.mamba(x[perm], ptr)[place]

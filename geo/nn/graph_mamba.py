@@ -222,6 +222,7 @@ class GraphMamba(nn.Module):
         batch: Tensor | None = None,
         tokens: Any = None,
         score: Tensor | None = None,
+        batch_size: int | None = None,
     ) -> Tensor:
         """Runs the model.
 
@@ -234,6 +235,7 @@ class GraphMamba(nn.Module):
             tokens: What :class:`geo.transforms.AddWalkTokens` returned, batched with the rest.
             score: Importance of each node, in place of the key of the order; computed once, it saves PageRank, say, in
                 each call.
+            batch_size: Number of graphs; needed by torch.compile where `batch` is given, which else counts them.
 
         Returns:
             out: [N, out_channels], or [N, hidden_channels] without head.
@@ -243,7 +245,9 @@ class GraphMamba(nn.Module):
         if edge_attr is not None and self.edge_encoder is not None:
             edge_attr = self.edge_encoder(edge_attr)
         samples = 1 if self.training or self.order.tie != "random" else self.num_samples
-        perm, ptr = self.order(edge_index, batch, x.size(0), x=x, score=score, num_samples=samples)
+        perm, ptr = self.order(
+            edge_index, batch, x.size(0), x=x, score=score, batch_size=batch_size, num_samples=samples
+        )
         orders = perm.view(samples, -1)
         if self.token_encoder is None:
             outs = [self._layers_in_order(h, edge_index, edge_attr, batch, perm, ptr) for perm in orders]
@@ -393,9 +397,9 @@ def _conv(
         return GatedGCNConv(channels, residual=residual, dropout=dropout, update_edges=not last)
     if mpnn == "gine":
         mlp = nn.Sequential(nn.Linear(channels, 2 * channels), nn.ReLU(), nn.Linear(2 * channels, channels))
-        return GINEConv(mlp, train_eps=True)
-    made: nn.Module = cast(Callable[[int], nn.Module], mpnn)(channels)
-    return made
+        made: nn.Module = GINEConv(mlp, train_eps=True)
+        return made
+    return cast(Callable[[int], nn.Module], mpnn)(channels)
 
 
 def _conv_arguments(conv: nn.Module | None, edge_attr: Tensor | None, plan: SegmentPlan) -> dict[str, Any]:

@@ -47,6 +47,9 @@ class WalkTokenData(Data):  # type: ignore[misc]
         return super().__inc__(key, value, *args, **kwargs)
 
 
+torch.serialization.add_safe_globals([WalkTokenData])  # so that datasets of PyG can load what they saved
+
+
 class AddWalkTokens(BaseTransform):  # type: ignore[misc]
     r"""Gives each node the token sequence of `Graph Mamba Networks <https://arxiv.org/abs/2402.08678>`_.
 

@@ -13,7 +13,7 @@ from torch_geometric.nn import SAGEConv
 from torch_geometric.utils import from_networkx
 
 from geo.nn import BiMamba, GatedGCN, GPSMambaConv, GraphMamba, SelectiveSSM
-from geo.testing import assert_close, assert_permutation_equivariant, assert_state_dict_roundtrip
+from geo.testing import assert_close, assert_permutation_equivariant, assert_state_dict_roundtrip, check_compile
 from geo.transforms import AddWalkTokens
 
 KINDS = ["no tokens", "mpnn", "rwf"]
@@ -279,6 +279,19 @@ def test_autocast(kind):
     with torch.autocast("cpu", torch.bfloat16):
         out = run(model, data)
     assert torch.allclose(out.float(), expected, atol=0.1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_compile(kind):
+    graphs = [with_tokens(random_graph(size, 9, size), kind) for size in (4, 5)]
+    data = Batch.from_data_list(graphs)
+    model = make(kind, tie="index", dropout=0.0)
+
+    def call(x: Tensor) -> Tensor:
+        tokens = data if model.walk_length else None
+        return model(x, data.edge_index, data.edge_attr, data.pe, data.batch, tokens, batch_size=2)
+
+    check_compile(call, [data.x])
 
 
 def test_gps_mamba_is_a_drop_in_for_gps_conv():

@@ -1,0 +1,95 @@
+"""The Graph Mamba examples on what they read from disk, and the tasks they make."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+for package in ("lightning", "matplotlib", "sklearn", "torchmetrics"):
+    pytest.importorskip(package, reason=f"the examples need {package}")
+
+
+def example(name: str):
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[2] / "examples" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def smoke(name: str, out: Path, *extra: str) -> list[list[object]]:
+    return example(name).main(["--smoke", "--accelerator", "cpu", "--threads", "1", "--out", str(out), *extra])
+
+
+def fake_peptides(root, name, size):
+    """Files as the Long Range Graph Benchmark has them: lists of (x, edge_attr, edge_index, y)."""
+    raw = root / name / "raw"
+    raw.mkdir(parents=True)
+    for split in ("train", "val", "test"):
+        graphs = []
+        for _ in range(24):
+            edge_index = torch.tensor([[0, 1, 1, 2], [1, 0, 2, 1]])
+            y = torch.randint(2, (1, size)).float()
+            graphs.append((torch.randint(9, (3, 9)), torch.randint(3, (4, 3)), edge_index, y))
+        torch.save(graphs, raw / f"{split}.pt")
+
+
+@pytest.mark.parametrize(("name", "size"), [("peptides-func", 10), ("peptides-struct", 11)])
+def test_long_range_reads_peptides(tmp_path, name, size):
+    fake_peptides(tmp_path, name, size)
+    rows = smoke("long_range", tmp_path / "out", "--data", name, "--root", str(tmp_path), "--walk-length", "2")
+    assert [row[0] for row in rows] == ["Graph Mamba", "... reads forwards only", "GatedGCN"]
+    assert rows[0][2] == (70.71 if name == "peptides-func" else 0.2473)
+
+
+def test_ends_hold_each_others_bit():
+    for graph in example("long_range").ends(20, 0):
+        first, last = graph.x[0].argmax(), graph.x[-1].argmax()
+        assert graph.y.tolist() == [last, first]
+        assert graph.mask.nonzero().flatten().tolist() == [0, graph.num_nodes - 1]
+        assert graph.x[1:-1, 2].eq(1).all()
+
+
+def test_scores_are_the_published_metrics():
+    from sklearn.metrics import average_precision_score, roc_auc_score
+
+    generator = np.random.default_rng(0)
+    y, out = generator.integers(2, size=(50, 10)), generator.normal(size=(50, 10))
+    score = example("long_range").score
+    expected = 100 * average_precision_score(y, out, average="macro")
+    assert score(torch.as_tensor(out), torch.as_tensor(y)) == pytest.approx(expected, abs=1e-4)
+    logits = torch.as_tensor(generator.normal(size=(50, 2)))
+    batch = type("Batch", (), {"mask": torch.arange(50) % 2 == 0, "y": torch.as_tensor(y[:, 0])})
+    expected = 100 * roc_auc_score(y[::2, 0], (logits[::2, 1] - logits[::2, 0]).numpy())
+    assert float(example("heterophilic_nodes").roc_auc(logits, batch)) == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("preset", ["paper", "tuned"])
+def test_heterophilic_nodes_runs_every_model(tmp_path, preset):
+    rows = smoke("heterophilic_nodes", tmp_path, "--models", "all", "--splits", "0-1", "--preset", preset)
+    assert len(rows) == 6
+    assert (tmp_path / "gmn-1" / "last.ckpt").is_file()
+    assert all(0 <= row[1] <= 100 for row in rows)
+
+
+def test_heterophilic_nodes_reads_official_splits(tmp_path, geo_data):
+    path = geo_data / "heterophilous" / "minesweeper" / "raw" / "minesweeper.npz"
+    if not path.is_file():
+        pytest.skip(f"no {path}")
+    (tmp_path / "minesweeper" / "raw").mkdir(parents=True)
+    (tmp_path / "minesweeper" / "raw" / path.name).write_bytes(path.read_bytes())
+    settings = ["--data", "minesweeper-official", "--models", "gatedgcn", "--pe", "0", "--layers", "1"]
+    rows = smoke("heterophilic_nodes", tmp_path / "out", "--root", str(tmp_path), *settings)
+    assert rows[0][3] == 87.54
+
+
+@pytest.mark.parametrize("splits", ["10", "3-1", "all", "-1"])
+def test_wrong_splits_are_refused(tmp_path, capsys, splits):
+    with pytest.raises(SystemExit):
+        smoke("heterophilic_nodes", tmp_path, f"--splits={splits}")
+    assert f"must be a split from 0 to 9 or a range such as 0-2, got '{splits}'" in capsys.readouterr().err
