@@ -302,3 +302,55 @@ def test_tensor_products_targets_are_those_of_the_issue():
         ["61.0", ">= 60", "yes"],
         ["5.50", ">= 5", "yes"],
     ]
+
+
+@pytest.fixture
+def small_scans(monkeypatch):
+    from geo.bench import selective_scan
+
+    equal = selective_scan.Case("4 x 8 x 5", (8,) * 4, 5)
+    uneven = selective_scan.Case("4 x 1..15 x 5", selective_scan.ragged(equal, 15), 5, like=equal.name)
+    monkeypatch.setattr(selective_scan, "cases", lambda: [equal, uneven])
+    threads = torch.get_num_threads()
+    yield selective_scan
+    torch.set_num_threads(threads)
+
+
+def test_selective_scan_prints_a_page_of_ratios(small_scans, capsys):
+    assert small_scans.main(["--here", "--threads", "1", "--seconds", "0", "--rounds", "1"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    lines = small_scans.page(result).splitlines()
+    rows = [[c.strip() for c in line.split("|")[1:-1]] for line in lines if line.startswith("|")][2:]
+    assert len(rows) == 2 * 2 * 3  # cases, passes, peers
+    assert [row[3] for row in rows[:3]] == ["mambapy", "reference loop", "eager loop"]
+    assert rows[2][6] == "12"
+    for row in rows:
+        if row[4] != "not available":
+            assert float(row[5]) == pytest.approx(float(row[4]) / float(row[2]), rel=0.1, abs=0.1)  # of rounded times
+    assert "of the time of 4 x 8 x 5" in lines[2]
+
+
+def test_selective_scan_refuses_a_wrong_result(small_scans, monkeypatch):
+    """Also where the gradients alone are wrong."""
+    good = small_scans.ops.selective_scan
+    options = ["--here", "--threads", "1", "--seconds", "0", "--rounds", "1"]
+    monkeypatch.setattr(small_scans.ops, "selective_scan", lambda *args, **kwargs: good(*args, **kwargs) * 1.01)
+    with pytest.raises(AssertionError, match="ours, output"):
+        small_scans.main(options)
+
+    def wrong_gradient(u, *args, **kwargs):
+        return good((u + u.detach()) / 2, *args, **kwargs)
+
+    monkeypatch.setattr(small_scans.ops, "selective_scan", wrong_gradient)
+    with pytest.raises(AssertionError, match="ours, u"):
+        small_scans.main(options)
+
+
+def test_selective_scan_draws_ragged_sequences_of_as_many_rows():
+    from geo.bench import selective_scan
+
+    for case in selective_scan.cases():
+        if case.like:
+            equal = next(other for other in selective_scan.cases() if other.name == case.like)
+            assert (case.rows, len(case.lengths)) == (equal.rows, len(equal.lengths))
+            assert 1 <= min(case.lengths) < max(case.lengths) == 2 * equal.longest - 1

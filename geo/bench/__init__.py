@@ -28,6 +28,8 @@ __all__ = ["BENCHMARKS", "Timing", "interleave", "machine", "main", "peak_extra_
 BENCHMARKS = {
     "se_conv": "separable SE(n) convolution and its ops against the same computation composed of PyTorch ops",
     "scatter": "reductions over segments of rows against torch, PyG and torch_scatter",
+    "selective_scan": "the selective scan against mambapy, mamba_ssm's reference loop and an eager loop",
+    "walk_tokens": "random walks and walk tokens against networkx, Python lists and vectorised PyTorch",
     "tensor-products": "Gaunt products, brackets and convolutions against e3nn, cuEquivariance and grids in PyTorch",
 }
 
