@@ -37,6 +37,7 @@ struct HaltBeforeStep {  // with the same probability each time: lengths are geo
 
 // Choice laws: the edge that is taken out of the row begin..begin + degree - 1, degree > 0 ----------------------------
 struct UniformChoice {
+  static constexpr bool kLooksBack = false;
   template <class I>
   GEO_HD_INLINE int64_t edge(const WalkGraph<I>&, const WalkLaws&, const Walker&, int64_t begin, int64_t degree,
                              uint64_t bits) {
@@ -66,6 +67,7 @@ GEO_HD int64_t redraw_edge(const WalkGraph<I>& graph, const WalkLaws& laws, cons
   return begin + i;
 }
 struct NonBacktrackingChoice {
+  static constexpr bool kLooksBack = true;
   template <class I>
   GEO_HD_INLINE int64_t edge(const WalkGraph<I>& graph, const WalkLaws& laws, const Walker& at, int64_t begin,
                              int64_t degree, uint64_t bits) {

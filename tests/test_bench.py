@@ -354,3 +354,47 @@ def test_selective_scan_draws_ragged_sequences_of_as_many_rows():
             equal = next(other for other in selective_scan.cases() if other.name == case.like)
             assert (case.rows, len(case.lengths)) == (equal.rows, len(equal.lengths))
             assert 1 <= min(case.lengths) < max(case.lengths) == 2 * equal.longest - 1
+
+
+WALKS = [
+    "--nodes",
+    "40",
+    "12000",
+    "--walks",
+    "2",
+    "1",
+    "--tokens",
+    "30",
+    "2",
+    "2",
+    "1",
+    "--rounds",
+    "1",
+    "--length",
+    "3",
+]
+
+
+def test_walk_tokens_prints_both_tables():
+    command = [sys.executable, "-m", "geo", "bench", "walk_tokens", *WALKS, "--threads", "1"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    lines = [[c.strip() for c in line.split("|")[1:-1]] for line in done.stdout.splitlines() if "|" in line]
+    small, large = lines[2:4]
+    assert small[0] == "N = 40, 2 each"
+    assert [small[4], small[9], large[4], large[9]] == ["100", "5", "", "5"]
+    assert all(float(small[i]) > 0 for i in (3, 6, 8))
+    assert large[2] == large[5] == ""  # nobody waits for walkers in Python there
+    assert [line[0] for line in lines[6:]] == ["AddWalkTokens", "of it, walk_tokens", "vectorised PyTorch", "networkx"]
+    assert "90 tokens" in done.stdout
+
+
+def test_walk_tokens_refuses_a_wrong_result(monkeypatch):
+    from geo.bench import walk_tokens
+
+    threads = torch.get_num_threads()
+    good = walk_tokens.random_walk
+    monkeypatch.setattr(walk_tokens, "random_walk", lambda *args, **kwargs: good(*args, **{**kwargs, "seed": 1}))
+    with pytest.raises(AssertionError, match="random_walk differs from its reference"):
+        walk_tokens.main(WALKS)
+    torch.set_num_threads(threads)

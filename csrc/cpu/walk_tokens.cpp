@@ -108,6 +108,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> walk_tokens_cpu(const Tensor&
   const int64_t tokens = T + num_root_tokens;
   const int64_t* roots = index_data(root);
   const int64_t* length = index_data(lengths);
+  const int64_t* visited = index_data(walks);
   for (int64_t t = 0; t < T; ++t)
     if (length[t] < 0 || length[t] >= W) raise_out_of_range(op, "lengths", t, length[t], 0, W - 1);
 
@@ -133,7 +134,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> walk_tokens_cpu(const Tensor&
           for (int64_t k = 0; k < (t < T ? M : 0); ++k) {
             const int64_t at = ((s * T + t) * M + k) * W;
             for (int64_t i = at; i <= at + length[t]; ++i) {
-              const int64_t node = index_data(walks)[i];
+              const int64_t node = visited[i];
               if (uint64_t(node) < uint64_t(graph.num_nodes))
                 members.ids.push_back(uint32_t(node));
               else if (node != -1)
@@ -151,7 +152,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> walk_tokens_cpu(const Tensor&
   const Found found = faults.first();
   const int64_t at = found.position;
   if (found.fault == kBadRoot) raise_out_of_range(op, "root", at, roots[at], 0, graph.num_nodes - 1);
-  if (found.fault == kBadWalk) raise_out_of_range(op, "walks", at, index_data(walks)[at], -1, graph.num_nodes - 1);
+  if (found.fault == kBadWalk) raise_out_of_range(op, "walks", at, visited[at], -1, graph.num_nodes - 1);
 
   std::vector<int64_t> node_at(blocks + 1), edge_at(blocks + 1);
   for (int64_t b = 0; b < blocks; ++b) {
@@ -197,11 +198,13 @@ Tensor walk_adjacency_cpu(const Tensor& rowptr_, const Tensor& col_, const Tenso
   STD_TORCH_CHECK(window >= 1, op, ": window must be positive");
   const int64_t length = walks.size(1), bits = window - 1;
   Tensor out = torch::stable::new_empty(walks, {walks.size(0), length, bits}, ScalarType::Bool);
+  const int64_t* visited = index_data(walks);
+  bool* const bit = write<bool>(out);
   Faults faults;
   parallel_blocks(walks.size(0), block_of(length * window * 8), [&](int64_t, int64_t first, int64_t last) {
     for (int64_t w = first; w < last; ++w) {
-      const int64_t* walk = index_data(walks) + w * length;
-      bool* to = write<bool>(out) + w * length * bits;
+      const int64_t* walk = visited + w * length;
+      bool* to = bit + w * length * bits;
       for (int64_t t = 0; t < length; ++t) {
         if (walk[t] != -1 && uint64_t(walk[t]) >= uint64_t(graph.num_nodes)) return faults.add(kBadWalk, w * length + t);
         for (int64_t k = 2; k <= window; ++k) {
@@ -215,7 +218,7 @@ Tensor walk_adjacency_cpu(const Tensor& rowptr_, const Tensor& col_, const Tenso
   });
   const Found found = faults.first();
   const int64_t at = found.position;
-  if (found.fault == kBadWalk) raise_out_of_range(op, "walks", at, index_data(walks)[at], -1, graph.num_nodes - 1);
+  if (found.fault == kBadWalk) raise_out_of_range(op, "walks", at, visited[at], -1, graph.num_nodes - 1);
   return out;
 }
 

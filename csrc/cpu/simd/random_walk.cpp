@@ -69,50 +69,50 @@ GEO_NOINLINE Outcome walk(const WalkJob& job, int64_t first, int64_t last) {
       group.walk[i] = uint64_t(job.first_walk + k);
       if (uint64_t(node) >= uint64_t(graph.num_nodes)) {
         note(outcome, kBadStart, s);
-        node = -1;
-      } else {
-        __builtin_prefetch(graph.ptr + node);
+        node = 0;  // whatever: with a fault there is no result
       }
       group.at[i] = nodes[i * (length + 1)] = node;
       group.before[i] = -1;
       if (++k == job.num_walks) ++s, k = 0;
     }
+    if (graph.num_nodes == 0) continue;
+    for (int i = 0; i < count; ++i) __builtin_prefetch(graph.ptr + group.at[i]);
     for (int64_t step = 0; step < length; ++step) {
       draw_all(group, count, job.laws.seed, step);
       for (int i = 0; i < count; ++i) {
         const int64_t at = group.at[i];
-        group.edge[i] = -1;
-        if (at < 0) continue;
-        if (Halting::ends(job.laws, uint32_t(group.halt[i]))) {
+        int64_t edge = -1;
+        if (Halting::kHalts && (at < 0 || Halting::ends(job.laws, uint32_t(group.halt[i])))) {
           group.at[i] = -1;
-          continue;
+        } else {
+          const Row row = row_of(graph, at);
+          if (row.degree > 0) {
+            const Walker walker{group.key[i], group.walk[i], uint64_t(step), at, group.before[i]};
+            edge = Choice::edge(graph, job.laws, walker, row.begin, row.degree, group.choice[i]);
+            __builtin_prefetch(graph.col + edge);
+          } else if (row.bad >= 0) {
+            note(outcome, kBadRowptr, row.bad);
+          }
         }
-        const Row row = row_of(graph, at);
-        if (row.degree == 0) {
-          if (row.bad >= 0) note(outcome, kBadRowptr, row.bad);
-          continue;
-        }
-        const Walker walker{group.key[i], group.walk[i], uint64_t(step), at, group.before[i]};
-        const int64_t edge = Choice::edge(graph, job.laws, walker, row.begin, row.degree, group.choice[i]);
-        __builtin_prefetch(graph.col + edge);
         group.edge[i] = edge;
       }
-      for (int i = 0; i < count; ++i) {
+      int64_t* to = nodes + step + 1;
+      for (int i = 0; i < count; ++i, to += length + 1) {
         const int64_t edge = group.edge[i];
         if (edge >= 0) {
-          int64_t next = int64_t(graph.col[edge]);
+          const int64_t next = int64_t(graph.col[edge]);
           if (uint64_t(next) >= uint64_t(graph.num_nodes)) {
             note(outcome, kBadCol, edge);
-            next = -1;
           } else {
             __builtin_prefetch(graph.ptr + next);
+            if (Choice::kLooksBack) group.before[i] = group.at[i];
+            group.at[i] = next;
           }
-          group.before[i] = group.at[i];
-          group.at[i] = next;
         }
-        nodes[i * (length + 1) + step + 1] = group.at[i];
-        if (job.edges) job.edges[(base + i) * length + step] = edge;
+        *to = group.at[i];
       }
+      if (job.edges)
+        for (int i = 0; i < count; ++i) job.edges[(base + i) * length + step] = group.edge[i];
     }
   }
   return outcome;
