@@ -45,6 +45,7 @@ class GatedGCN(nn.Module):
         ValueError: Sizes that are not positive, an unknown option, or inputs that do not fit together.
 
     Example:
+        >>> import torch
         >>> model = GatedGCN(8, 16, num_layers=3, out_channels=2)
         >>> model(torch.randn(3, 8), torch.tensor([[0, 1, 2], [1, 2, 0]])).shape
         torch.Size([3, 2])
