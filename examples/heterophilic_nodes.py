@@ -234,7 +234,7 @@ def main(argv: list[str] | None = None) -> list[list[object]]:
                 run,
                 max_seconds=600.0,
                 clip=1.0,
-                validate_every=5,
+                validate_every=10,
                 monitor=("val_score", "max"),
             )
             seconds += time.perf_counter() - began

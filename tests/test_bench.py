@@ -398,3 +398,23 @@ def test_walk_tokens_refuses_a_wrong_result(monkeypatch):
     with pytest.raises(AssertionError, match="random_walk differs from its reference"):
         walk_tokens.main(WALKS)
     torch.set_num_threads(threads)
+
+
+def test_graph_mamba_prints_what_fits(capsys):
+    from geo.bench import graph_mamba
+
+    settings = ["--nodes", "50", "100", "--hidden", "8", "--layers", "1", "--rounds", "1", "--threads", "1"]
+    assert graph_mamba.main([*settings, "--memory", "1e-9"]) == 0
+    printed = capsys.readouterr().out
+    for name in ("Graph Mamba", "Graph Mamba, tokens", "GatedGCN", "GPSConv (attention)"):
+        assert f"| 50    | {name} " in printed
+        assert f"| 100   | {name} " in printed
+
+
+def test_graph_mamba_judges_by_the_growth():
+    from geo.bench.graph_mamba import _too_large
+
+    assert _too_large(None, 1.0, 10**6, 1.0, 1.0) is None  # nothing known yet
+    assert _too_large((1000, 1.0, 2.0**30), 1.0, 2000, 3.0, 3 * 2.0**30) is None
+    assert _too_large((1000, 1.0, 2.0**30), 2.0, 2000, 3.0, 3 * 2.0**30) == "not run: about 4 s"
+    assert _too_large((1000, 0.1, 2.0**30), 2.0, 2000, 3.0, 3 * 2.0**30) == "out of memory: about 4 GiB"
