@@ -356,23 +356,7 @@ def test_selective_scan_draws_ragged_sequences_of_as_many_rows():
             assert 1 <= min(case.lengths) < max(case.lengths) == 2 * equal.longest - 1
 
 
-WALKS = [
-    "--nodes",
-    "40",
-    "12000",
-    "--walks",
-    "2",
-    "1",
-    "--tokens",
-    "30",
-    "2",
-    "2",
-    "1",
-    "--rounds",
-    "1",
-    "--length",
-    "3",
-]
+WALKS = "--nodes 40 12000 --walks 2 1 --tokens 30 2 2 1 --rounds 1 --length 3".split()
 
 
 def test_walk_tokens_prints_both_tables():
