@@ -19,7 +19,7 @@ namespace geo {
 namespace {
 
 constexpr int64_t kTileRows = 256, kMaxTiles = 128;                    // at least, and about at most
-constexpr int64_t kFewTiles = 16, kNarrowBlock = 16, kWideBlock = 64;  // channels of a block, with few tiles and many
+constexpr int64_t kFewTiles = 16, kNarrowBlock = 32, kWideBlock = 128;  // channels of a block, with few tiles and many
 constexpr int64_t kSmall = 1 << 15;                                    // states that are updated: one task
 constexpr int64_t kMostParts = int64_t(1) << 29;                       // bytes
 
@@ -187,7 +187,7 @@ std::tuple<Tensor, Tensor> selective_scan_cpu(const Tensor& u, const Tensor& del
     Job<S> job(in);
     job.job.y = fresh<S>(y);
     job.job.last = return_last_state ? fresh<T>(last) : nullptr;
-    job.run(in, job.leaf.lanes, 1, false);
+    job.run(in, in.num_tiles() < kFewTiles ? job.leaf.lanes : kWideBlock, 1, false);
   });
   return {y, last};
 }

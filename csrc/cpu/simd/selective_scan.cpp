@@ -572,7 +572,10 @@ struct Task {
           } else {
             read_states(job.B, chunk, b);
             read_states(job.C, chunk, c_);
-            const Ahead inputs = ahead_of(following(segment, i), c, job.u, job.delta, job.z, job.y);
+            const bool more = i + 1 < chunks, beside = !more && c + kLanes < task.last_channel;
+            const Chunk next = beside ? chunk_of(*this, segment, 0) : following(segment, i);
+            const int64_t next_c = more ? c : beside ? c + kLanes : task.first_channel;
+            const Ahead inputs = ahead_of(next, next_c, job.u, job.delta, job.z, job.y);
             const Pass<T> pass = pass_of(rows, chunk, c, b, c_, inputs, {});
             if (task.mode == ScanMode::kWhole) scan_pass(pass, 0, job.groups, state, rows.y);
             for (int64_t g = task.first_group; task.mode == ScanMode::kPart && g < task.last_group; ++g) {
