@@ -16,7 +16,8 @@ from geo.ops.random_walk import philox
 
 _CHUNK = 1 << 24  # visited nodes held at a time
 _WALKS = ("walk_nodes", "walk_edge_id", "walk_moved", "walk_adjacency")
-_STORED = ("token_node_id", "token_edge_id", "token_sub_edge_index", "token_size", "token_esize", *_WALKS)
+_TOKENS = ("token_node_id", "token_edge_id", "token_sub_edge_index", "token_size", "token_esize", "token_setting")
+_STORED = (*_TOKENS, *_WALKS)
 
 
 class WalkTokenData(Data):  # type: ignore[misc]
@@ -92,6 +93,9 @@ class AddWalkTokens(BaseTransform):  # type: ignore[misc]
         - ``token_node_id`` :math:`(K)`: the members; the first of a token is its root, the others ascend
         - ``token_edge_id`` :math:`(F)`: columns of ``edge_index``, by (source's place, target's node, column)
         - ``token_sub_edge_index`` :math:`(2, F)`: the same edges between members, as positions in ``token_node_id``
+        - ``token_setting`` :math:`(1, 5)`: ``walk_length``, ``num_walks``, ``num_repeats``, ``num_root_tokens`` and
+          whether ``induced`` (0 or 1), by which a model sees whether the tokens are those it expects; a row a graph in
+          a batch
 
         and with ``walks=True``, for the :math:`s \, m` tokens that are not roots alone
 
@@ -195,6 +199,8 @@ class AddWalkTokens(BaseTransform):  # type: ignore[misc]
             before += ids.size(0)
         out.token_node_id, out.token_size, out.token_esize = torch.cat(members), torch.cat(size), torch.cat(edge_size)
         out.token_edge_id, out.token_sub_edge_index = perm[torch.cat(edge)], torch.cat(index, dim=1)
+        setting = (steps, self.num_walks, self.num_repeats, self.num_root_tokens, int(self.induced))
+        out.token_setting = torch.tensor([setting], device=col.device)
         if self.walks:
             for name, values in zip(_WALKS, zip(*stored, strict=True), strict=True):
                 out[name] = torch.cat(values)

@@ -17,7 +17,7 @@ from torch_geometric.utils import subgraph
 from geo.ops import random_walk
 from geo.transforms import AddWalkTokens, WalkTokenData, add_walk_tokens
 
-TOKENS = ("token_node_id", "token_edge_id", "token_sub_edge_index", "token_size", "token_esize")
+TOKENS = ("token_node_id", "token_edge_id", "token_sub_edge_index", "token_size", "token_esize", "token_setting")
 WALKS = ("walk_nodes", "walk_edge_id", "walk_moved", "walk_adjacency")
 
 
@@ -206,6 +206,20 @@ def test_check_15_tokens_do_not_depend_on_the_batch():
         assert batch.edge_index[:, batch.token_edge_id].equal(batch.token_node_id[batch.token_sub_edge_index])
         for data, i in zip(batch.to_data_list(), order, strict=True):
             assert all(torch.equal(data[name], alone[i][name]) for name in found)
+
+
+def test_setting():
+    """A row a graph, so that a model sees graphs whose tokens are not those it expects."""
+    data = random_data(6, 9)
+    one, other = AddWalkTokens(3, 2, 4, 1)(data), AddWalkTokens(1, 5, 1, 0, induced=False)(data)
+    assert one.token_setting.dtype == torch.int64
+    assert one.token_setting.tolist() == [[3, 2, 4, 1, 1]]
+    batch = Batch.from_data_list([one, other, one])
+    assert batch.token_setting.tolist() == [[3, 2, 4, 1, 1], [1, 5, 1, 0, 0], [3, 2, 4, 1, 1]]
+    assert [part.token_setting.tolist() for part in batch.to_data_list()] == [
+        [row] for row in batch.token_setting.tolist()
+    ]
+    assert AddWalkTokens(2)(one).token_setting.tolist() == [[2, 1, 1, 1, 1]]
 
 
 def test_seeds():
