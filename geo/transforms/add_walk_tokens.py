@@ -219,12 +219,9 @@ class AddWalkTokens(BaseTransform):  # type: ignore[misc]
         adjacency = walk_adjacency(rowptr, col, nodes, self.window) & (place <= length).unsqueeze(-1)
         return nodes, columns, moved, adjacency
 
-    def __repr__(self) -> str:
-        return (
-            f"{type(self).__name__}(walk_length={self.walk_length}, num_walks={self.num_walks}, "
-            f"num_repeats={self.num_repeats}, num_root_tokens={self.num_root_tokens}, "
-            f"non_backtracking={self.non_backtracking}, seed={self.seed}, resample={self.resample!r})"
-        )
+    def __repr__(self) -> str:  # all options, since PyG tells by it whether what it has on disk is still right
+        names = [name for name in vars(self) if name != "_epoch"]
+        return f"{type(self).__name__}({', '.join(f'{name}={getattr(self, name)!r}' for name in names)})"
 
 
 def _graph(data: Data) -> tuple[Tensor, int]:

@@ -317,7 +317,7 @@ def apart(encoder, pair, **options):
 
 
 @pytest.mark.parametrize("pair", PAIRS)
-def test_walks_separate_what_refinement_cannot(pair):
+def test_check_22_walks_separate_what_refinement_cannot(pair):
     """Regular graphs without features: walks close triangles in one of the two, never in the other."""
     encoder = rwf(edge_dim=None)
     assert apart(encoder, pair, walk_length=4, num_repeats=8) > 1e-6
@@ -325,7 +325,7 @@ def test_walks_separate_what_refinement_cannot(pair):
 
 
 @pytest.mark.parametrize("pair", PAIRS)
-def test_message_passing_in_one_step_of_one_walk_does_not(pair):
+def test_check_22_message_passing_in_one_step_of_one_walk_does_not(pair):
     """These tokens are single edges. Longer walks hold triangles, and then a sum tells them apart."""
     gin = GINConv(nn.Sequential(nn.Linear(C, 8), nn.Tanh(), nn.Linear(8, C)))
     for pooling in ("mean+root", "sum"):

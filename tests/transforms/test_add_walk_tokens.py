@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 from collections import deque
 from itertools import pairwise
@@ -412,6 +413,20 @@ def test_refusals():
 
 def test_repr():
     assert repr(AddWalkTokens(4, 2, resample="epoch")) == (
-        "AddWalkTokens(walk_length=4, num_walks=2, num_repeats=1, num_root_tokens=1, non_backtracking=False, seed=0, "
-        "resample='epoch')"
+        "AddWalkTokens(walk_length=4, num_walks=2, num_repeats=1, num_root_tokens=1, non_backtracking=False, "
+        "induced=True, walks=False, window=8, seed=0, resample='epoch')"
     )
+
+
+OTHERS = {
+    "walk_length": 2, "num_walks": 2, "num_repeats": 2, "num_root_tokens": 2, "non_backtracking": True,
+    "induced": False, "walks": True, "window": 2, "seed": 2, "resample": "epoch",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", inspect.signature(AddWalkTokens).parameters)
+def test_every_option_is_in_the_repr(name):
+    """PyG compares it with the one that a dataset was processed with."""
+    one, other = (repr(AddWalkTokens(**{"walk_length": 1, **options})) for options in ({}, {name: OTHERS[name]}))
+    assert one != other
+    assert f"{name}={OTHERS[name]!r}" in other
