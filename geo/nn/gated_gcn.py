@@ -65,16 +65,22 @@ class GatedGCN(nn.Module):
         super().__init__()
         sizes = {"in_channels": in_channels, "hidden_channels": hidden_channels, "num_layers": num_layers}
         for name, value in {**sizes, "out_channels": 1 if out_channels is None else out_channels}.items():
-            if value < 1:
-                raise ValueError(f"{name} is {value}, but must be at least 1")
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} is {value!r}, but must be an integer of at least 1")
         self.in_channels, self.hidden_channels, self.out_channels = in_channels, hidden_channels, out_channels
         self.num_layers, self.edge_dim, self.dropout = num_layers, edge_dim or 0, dropout
         self._act = activation(act)
         self.encoder = nn.Linear(in_channels, hidden_channels)
         self.edge_encoder = nn.Linear(self.edge_dim, hidden_channels) if self.edge_dim else None
         self.convs = nn.ModuleList(
-            GatedGCNConv(hidden_channels, dropout=dropout, act=act, update_edges=layer < num_layers)
-            for layer in range(1, num_layers + 1)
+            GatedGCNConv(
+                hidden_channels,
+                edge_dim=hidden_channels if layer or self.edge_dim else 0,  # the first layer makes the edge states
+                dropout=dropout,
+                act=act,
+                update_edges=layer < num_layers - 1,
+            )
+            for layer in range(num_layers)
         )
         last = None if out_channels is None else nn.Linear(hidden_channels, out_channels)
         self.norm = None if last is None else nn.LayerNorm(hidden_channels)

@@ -95,7 +95,9 @@ class GPSGlobalConv(nn.Module):
             nn.Linear(channels * 2, channels),
             nn.Dropout(dropout),
         )
-        self.norm1, self.norm2, self.norm3 = (_norm(norm, channels, norm_kwargs) for _ in range(3))
+        self.norm1 = None if conv is None else _norm(norm, channels, norm_kwargs)
+        self.norm2 = None if global_module is None else _norm(norm, channels, norm_kwargs)
+        self.norm3 = _norm(norm, channels, norm_kwargs)
         self._norm_with_batch = self.norm3 is not None and "batch" in inspect.signature(self.norm3.forward).parameters
 
     def reset_parameters(self) -> None:
@@ -202,6 +204,7 @@ class GPSMambaConv(GPSGlobalConv):
         self,
         channels: int,
         conv: nn.Module | None,
+        *,
         order: str | Callable[..., Tensor] = "degree",
         tie: str = "random",
         dropout: float = 0.0,
@@ -211,6 +214,9 @@ class GPSMambaConv(GPSGlobalConv):
         norm_kwargs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
+        for name in ("heads", "attn_type", "attn_kwargs"):
+            if name in kwargs:
+                raise ValueError(f"{name} belongs to the attention of GPSConv, which a Mamba replaces here")
         mamba = _OrderedMamba(NodeOrder(order, tie=tie), BiMamba(channels, **{"residual": False, **kwargs}))
         super().__init__(channels, conv, mamba, dropout, act, act_kwargs, norm, norm_kwargs)
 

@@ -16,8 +16,8 @@ from geo.nn.gated_gcn_conv import GatedGCNConv
 from geo.nn.gps_conv import GPSGlobalConv
 from geo.nn.mamba import BiMamba
 from geo.nn.node_order import NodeOrder
-from geo.nn.token_encoder import MPNNTokenEncoder, RWFTokenEncoder
-from geo.ops import SegmentPlan
+from geo.nn.token_encoder import MPNNTokenEncoder, RWFTokenEncoder, takes_edge_attr
+from geo.ops import SegmentPlan, bounds
 
 
 class GraphMamba(nn.Module):
@@ -48,12 +48,12 @@ class GraphMamba(nn.Module):
         num_layers: Local BiMamba layers, or GPS layers without tokens.
         out_channels: Size of the output, through a head of two linear maps; None leaves the head out.
         walk_length: Longest walk m of the tokens; 0: no tokens.
-        num_node_layers: BiMamba layers over all nodes, with tokens.
+        num_node_layers: BiMamba layers over all nodes, with tokens; default 1.
         num_mpnn_layers: Layers of :math:`\Psi`, with tokens; default `num_layers`.
         token_encoder: ``'mpnn'``, ``'rwf'`` or a module called as ``encoder(x, edge_attr, tokens)`` that returns
             [N, L, hidden_channels]; default ``'mpnn'`` with `mpnn` and ``'rwf'`` without.
         mpnn: Message passing: ``'gatedgcn'``, ``'gine'`` (with edge features), None, or a function of the channels that
-            makes a layer called as ``conv(x, edge_index, edge_attr)``.
+            makes a layer called as ``conv(x, edge_index, edge_attr=...)``, or without the last where there are none.
         order: Key of :class:`NodeOrder`: ``'degree'``, ``'pagerank'``, ``'kcore'``, ``'index'`` or a function.
         tie: ``'random'``, ``'wl'`` or ``'index'``.
         num_samples: Random orders averaged in evaluation.
@@ -71,7 +71,8 @@ class GraphMamba(nn.Module):
 
     Symmetry and derivatives:
         Permuting the nodes together with their sampled tokens and the order permutes the output; over samples and ties
-        it is equivariant in distribution. A graph's output does not depend on its batch. Differentiable twice.
+        it is equivariant in distribution. A graph's output does not depend on its batch (with random ties: for the same
+        `seed`). Differentiable twice. ``tie='wl'`` sees node features and encodings, not edge features.
 
     Raises:
         ValueError: Unknown names, sizes that are not positive, inputs that are missing, unexpected or do not fit
@@ -92,7 +93,7 @@ class GraphMamba(nn.Module):
         out_channels: int | None = None,
         *,
         walk_length: int = 0,
-        num_node_layers: int = 1,
+        num_node_layers: int | None = None,
         num_mpnn_layers: int | None = None,
         token_encoder: str | nn.Module | None = None,
         mpnn: str | Callable[[int], nn.Module] | None = "gatedgcn",
@@ -107,26 +108,38 @@ class GraphMamba(nn.Module):
         **kwargs: Any,
     ) -> None:
         super().__init__()
+        if not walk_length:
+            for name, given in (
+                ("token_encoder", token_encoder),
+                ("num_node_layers", num_node_layers),
+                ("num_mpnn_layers", num_mpnn_layers),
+            ):
+                if given is not None:
+                    raise ValueError(f"{name} is {given!r}, but a model without tokens (walk_length=0) has none")
+        num_node_layers = 1 if num_node_layers is None else num_node_layers
         num_mpnn_layers = num_layers if num_mpnn_layers is None else num_mpnn_layers
         for name, value, least in (
             ("in_channels", in_channels, 1),
             ("hidden_channels", hidden_channels, 1),
             ("num_layers", num_layers, 1),
+            ("out_channels", 1 if out_channels is None else out_channels, 1),
             ("walk_length", walk_length, 0),
             ("num_node_layers", num_node_layers, 1),
             ("num_mpnn_layers", num_mpnn_layers, 1),
             ("num_samples", num_samples, 1),
+            ("edge_dim", edge_dim or 0, 0),
+            ("pe_dim", pe_dim or 0, 0),
         ):
-            if value < least:
-                raise ValueError(f"{name} is {value}, but must be at least {least}")
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"{name} is {value!r}, but must be an integer of at least {least}")
         if isinstance(mpnn, str) and mpnn not in ("gatedgcn", "gine"):
             raise ValueError(f"mpnn is {mpnn!r}, but must be 'gatedgcn', 'gine', None or a function that makes a layer")
         if mpnn == "gine" and not edge_dim:
             raise ValueError("mpnn='gine' needs edge features: give edge_dim")
         if isinstance(token_encoder, str) and token_encoder not in ("mpnn", "rwf"):
             raise ValueError(f"token_encoder is {token_encoder!r}, but must be 'mpnn', 'rwf' or a module")
-        if token_encoder is not None and not walk_length:
-            raise ValueError("token_encoder is given, but without tokens (walk_length=0) there is nothing to encode")
+        if edge_dim and mpnn is None and not walk_length:
+            raise ValueError(f"edge_dim is {edge_dim}, but without message passing and tokens nobody reads edges")
         if token_encoder == "mpnn" and mpnn is None:
             raise ValueError("token_encoder='mpnn' needs message passing, but mpnn is None")
         self.in_channels, self.hidden_channels, self.out_channels = in_channels, hidden_channels, out_channels
@@ -136,12 +149,17 @@ class GraphMamba(nn.Module):
         self.encoder = nn.Linear(in_channels + self.pe_dim, hidden_channels)
         self.edge_encoder = nn.Linear(self.edge_dim, hidden_channels) if self.edge_dim else None
         self.order = NodeOrder(order, tie=tie)
+
+        def conv(layer: int, num: int, dropout: float = 0.0, residual: bool = True) -> nn.Module:
+            assert mpnn is not None
+            edges = layer > 0 or self.edge_dim > 0
+            return _conv(mpnn, hidden_channels, dropout, residual, edges, bool(self.edge_dim), layer == num - 1)
+
         if walk_length:
             if token_encoder is None:
                 token_encoder = "rwf" if mpnn is None else "mpnn"
             if token_encoder == "mpnn":
-                assert mpnn is not None
-                token_encoder = MPNNTokenEncoder(_conv(mpnn, hidden_channels, last=True), hidden_channels)
+                token_encoder = MPNNTokenEncoder(conv(0, 1), hidden_channels)
             elif token_encoder == "rwf":
                 width = hidden_channels if self.edge_dim else None
                 token_encoder = RWFTokenEncoder(hidden_channels, hidden_channels, edge_dim=width)
@@ -150,34 +168,27 @@ class GraphMamba(nn.Module):
             self.node_layers = nn.ModuleList(
                 BiMamba(hidden_channels, dropout=dropout, **kwargs) for _ in range(num_node_layers)
             )
-            psi = (
-                []
-                if mpnn is None
-                else [
-                    _conv(mpnn, hidden_channels, dropout, last=layer == num_mpnn_layers)
-                    for layer in range(1, num_mpnn_layers + 1)
-                ]
+            self.mpnn = nn.ModuleList(
+                _Residual(conv(layer, num_mpnn_layers, dropout), hidden_channels, act, dropout)
+                for layer in range(0 if mpnn is None else num_mpnn_layers)
             )
-            self.mpnn = nn.ModuleList(_Residual(conv, hidden_channels, act, dropout) for conv in psi)
         else:
             self.token_encoder = None
             self.layers = nn.ModuleList(
                 GPSGlobalConv(
                     hidden_channels,
-                    None if mpnn is None else _conv(mpnn, hidden_channels, residual=False, last=layer == num_layers),
+                    None if mpnn is None else conv(layer, num_layers, residual=False),
                     _Sequence(BiMamba(hidden_channels, residual=False, **kwargs)),
                     dropout=dropout,
                     act=act,
                     norm=norm,
                     norm_kwargs={"mode": "node"} if norm == "layer_norm" else None,
                 )
-                for layer in range(1, num_layers + 1)
+                for layer in range(num_layers)
             )
             self.node_layers, self.mpnn = nn.ModuleList(), nn.ModuleList()
         self.head: nn.Sequential | None = None
         if out_channels is not None:
-            if out_channels < 1:
-                raise ValueError(f"out_channels is {out_channels}, but must be at least 1 or None")
             self.head = nn.Sequential(
                 nn.LayerNorm(hidden_channels),
                 nn.Linear(hidden_channels, hidden_channels),
@@ -194,7 +205,9 @@ class GraphMamba(nn.Module):
         """
         if not kwargs.get("pe_dim"):
             raise ValueError("pe_dim is missing: GMN reads a positional encoding; GraphMamba.gmn_minus does not")
-        return cls(in_channels, hidden_channels, num_layers, *args, **{"walk_length": 2, **kwargs})
+        if kwargs.get("mpnn", "gatedgcn") is None:
+            raise ValueError("mpnn is None, but GMN passes messages; GraphMamba.gmn_minus does not")
+        return cls(in_channels, hidden_channels, num_layers, *args, **_with_tokens(kwargs))
 
     @classmethod
     def gmn_minus(
@@ -204,7 +217,8 @@ class GraphMamba(nn.Module):
         for name in ("mpnn", "pe_dim"):
             if kwargs.get(name) is not None:
                 raise ValueError(f"{name} is {kwargs[name]!r}, but GMN- has none")
-        return cls(in_channels, hidden_channels, num_layers, *args, **{"walk_length": 2, **kwargs, "mpnn": None})
+        kwargs.pop("mpnn", None)
+        return cls(in_channels, hidden_channels, num_layers, *args, mpnn=None, **_with_tokens(kwargs))
 
     def reset_parameters(self) -> None:
         """Draws all weights anew."""
@@ -223,6 +237,7 @@ class GraphMamba(nn.Module):
         tokens: Any = None,
         score: Tensor | None = None,
         batch_size: int | None = None,
+        seed: int | None = None,
     ) -> Tensor:
         """Runs the model.
 
@@ -236,19 +251,29 @@ class GraphMamba(nn.Module):
             score: Importance of each node, in place of the key of the order; computed once, it saves PageRank, say, in
                 each call.
             batch_size: Number of graphs; needed by torch.compile where `batch` is given, which else counts them.
+            seed: Of the random ties; None: drawn anew from torch's generator, in evaluation too.
 
         Returns:
             out: [N, out_channels], or [N, hidden_channels] without head.
         """
         self._check(x, edge_index, edge_attr, pe, tokens)
-        h = self.encoder(x if pe is None else torch.cat([x, pe.to(x.dtype)], dim=-1))
         if edge_attr is not None and self.edge_encoder is not None:
             edge_attr = self.edge_encoder(edge_attr)
-        samples = 1 if self.training or self.order.tie != "random" else self.num_samples
+        tied = self.order.tie == "random" and (score is not None or self.order.key != "index")
+        samples = self.num_samples if tied and not self.training else 1
+        features = x if pe is None else torch.cat([x, pe.to(x.dtype)], dim=-1)
         perm, ptr = self.order(
-            edge_index, batch, x.size(0), x=x, score=score, batch_size=batch_size, num_samples=samples
+            edge_index,
+            batch,
+            x.size(0),
+            x=features,
+            score=score,
+            batch_size=batch_size,
+            num_samples=samples,
+            seed=seed,
         )
         orders = perm.view(samples, -1)
+        h = self.encoder(features)
         if self.token_encoder is None:
             outs = [self._layers_in_order(h, edge_index, edge_attr, batch, perm, ptr) for perm in orders]
         else:
@@ -331,6 +356,18 @@ class GraphMamba(nn.Module):
                 f"tokens is {'missing' if tokens is None else 'given'}, but the model was built with "
                 f"walk_length={self.walk_length}"
             )
+        setting = None if tokens is None else getattr(tokens, "token_setting", None)
+        if setting is None or not setting.numel() or not bounds.reads_values(setting):
+            return
+        for walk_length, _, _, num_root_tokens, induced in setting.unique(dim=0).tolist():
+            if walk_length != self.walk_length:
+                raise ValueError(
+                    f"tokens were made with walk_length={walk_length}, but the model is for {self.walk_length}"
+                )
+            if not num_root_tokens:
+                raise ValueError("tokens were made with num_root_tokens=0, but the last token must be the node itself")
+            if not induced and isinstance(self.token_encoder, MPNNTokenEncoder):
+                raise ValueError("tokens were made with induced=False, but message passing in them needs their edges")
 
     def __repr__(self) -> str:
         return (
@@ -389,17 +426,24 @@ class _Activation(nn.Module):
 def _conv(
     mpnn: str | Callable[[int], nn.Module],
     channels: int,
-    dropout: float = 0.0,
-    residual: bool = True,
-    last: bool = False,
+    dropout: float,
+    residual: bool,
+    edges: bool,
+    features: bool,
+    last: bool,
 ) -> nn.Module:
-    if mpnn == "gatedgcn":  # nobody reads the edges of the last one
-        return GatedGCNConv(channels, residual=residual, dropout=dropout, update_edges=not last)
+    """A layer; `edges`: it is given edge states, `features`: the model has some, `last`: nobody reads its own."""
+    if mpnn == "gatedgcn":
+        edge_dim = channels if edges else 0
+        return GatedGCNConv(channels, edge_dim=edge_dim, residual=residual, dropout=dropout, update_edges=not last)
     if mpnn == "gine":
         mlp = nn.Sequential(nn.Linear(channels, 2 * channels), nn.ReLU(), nn.Linear(2 * channels, channels))
-        made: nn.Module = GINEConv(mlp, train_eps=True)
-        return made
-    return cast(Callable[[int], nn.Module], mpnn)(channels)
+        gine: nn.Module = GINEConv(mlp, train_eps=True)
+        return gine
+    made = cast(Callable[[int], nn.Module], mpnn)(channels)
+    if features and not takes_edge_attr(made):
+        raise ValueError(f"mpnn makes {type(made).__name__}, which takes no edge_attr, but edge_dim is given")
+    return made
 
 
 def _conv_arguments(conv: nn.Module | None, edge_attr: Tensor | None, plan: SegmentPlan) -> dict[str, Any]:
@@ -407,6 +451,12 @@ def _conv_arguments(conv: nn.Module | None, edge_attr: Tensor | None, plan: Segm
     if isinstance(conv, GatedGCNConv):
         given["plan"] = plan
     return given
+
+
+def _with_tokens(kwargs: dict[str, Any]) -> dict[str, Any]:
+    if kwargs.get("walk_length", 2) == 0:
+        raise ValueError("walk_length is 0, but GMN and GMN- read tokens; without, it is GraphMamba(...)")
+    return {"walk_length": 2, **kwargs}
 
 
 def _inverse(perm: Tensor) -> Tensor:

@@ -48,7 +48,7 @@ class SelectiveSSM(nn.Module):
         from ptr[s] to ptr[s + 1], one sequence where it is None; output :math:`(T, \text{channels})`.
 
     Symmetry and derivatives:
-        Rows of one sequence do not depend on the others, bitwise; ``reverse`` is the same layer on sequences read from
+        Rows of one sequence do not depend on the others; ``reverse`` is the same layer on sequences read from
         their ends. Differentiable twice.
 
     Raises:
@@ -93,8 +93,8 @@ class SelectiveSSM(nn.Module):
         self.conv_bias = nn.Parameter(torch.empty(inner)) if d_conv else None
         self.x_proj = nn.Linear(inner, dt_rank + 2 * d_state, bias=False)  # W_Delta's first half, W_B, W_C
         self.dt_proj = nn.Linear(dt_rank, inner)
-        self.A_log = nn.Parameter(torch.empty(inner, d_state))
-        self.D = nn.Parameter(torch.empty(inner)) if d_skip else None
+        self.A_log: nn.Parameter | None = _undecayed(inner, d_state)
+        self.D = _undecayed(inner) if d_skip else None
         self.out_proj = nn.Linear(inner, channels, bias=bias)  # W_1
         self.reset_parameters()
 
@@ -110,7 +110,8 @@ class SelectiveSSM(nn.Module):
         nn.init.uniform_(self.dt_proj.weight, -bound, bound)
         with torch.no_grad():
             _fresh_delta_bias(self.dt_proj.bias)
-            self.A_log.copy_(torch.arange(1, self.d_state + 1).log().expand_as(self.A_log))
+            if self.A_log is not None:
+                self.A_log.copy_(torch.arange(1, self.d_state + 1).log().expand_as(self.A_log))
             if self.D is not None:
                 self.D.fill_(1)
 
@@ -126,10 +127,14 @@ class SelectiveSSM(nn.Module):
             out: [T, channels].
         """
         _check_rows(x, self.channels)
+        return self._mix(x, ptr, reverse, self.A_log)
+
+    def _mix(self, x: Tensor, ptr: Tensor | None, reverse: bool, A_log: Tensor | None) -> Tensor:
         u, gate = self._in(x)
         if self.conv_weight is not None:
             u = segment_causal_conv1d(u, self.conv_weight, self.conv_bias, ptr, reverse)
-        y = self._scan(F.silu(u), self.A_log, self.D, gate, ptr, reverse)
+        assert A_log is not None
+        y = self._scan(F.silu(u), A_log, self.D, gate, ptr, reverse)
         out: Tensor = self.out_proj(y)
         return out
 
@@ -251,7 +256,7 @@ class BiMamba(nn.Module):
         if bidirectional:
             self.backward_ssm = SelectiveSSM(channels, **kwargs)
             if share_A:
-                self.backward_ssm.A_log = self.forward_ssm.A_log
+                self.backward_ssm.A_log = None
         if not fold:
             width = 2 * channels if combine == "concat" else channels
             self.out_proj = nn.Linear(width, channels, bias=self.forward_ssm.out_proj.bias is not None)
@@ -276,7 +281,8 @@ class BiMamba(nn.Module):
         rows = x if self.norm is None else self.norm(x)
         out = self.forward_ssm(rows, ptr)
         if self.backward_ssm is not None:
-            other = self.backward_ssm(rows, ptr, reverse=True)
+            A_log = self.forward_ssm.A_log if self.share_A else self.backward_ssm.A_log
+            other = self.backward_ssm._mix(rows, ptr, True, A_log)
             out = torch.cat([out, other], dim=-1) if self.combine == "concat" else out + other
         if self.out_proj is not None:
             out = self.out_proj(out)
@@ -300,7 +306,7 @@ class _Hydra(nn.Module):
             raise ValueError("d_skip is False, but with combine='hydra' a row reaches itself through D alone")
         self.d_state = self.ssm.d_state
         weight = self.ssm.conv_weight
-        self.A_log = None if share_A else nn.Parameter(torch.empty_like(self.ssm.A_log))
+        self.A_log = None if share_A else _undecayed(self.ssm.inner_channels, self.ssm.d_state)
         self.conv_weight = None if weight is None else nn.Parameter(torch.empty_like(weight))
         self.register_buffer("shift", torch.tensor([0.0, 1.0]), persistent=False)
         self.reset_parameters()
@@ -308,7 +314,7 @@ class _Hydra(nn.Module):
     def reset_parameters(self) -> None:
         self.ssm.reset_parameters()
         with torch.no_grad():
-            if self.A_log is not None:
+            if self.A_log is not None and self.ssm.A_log is not None:
                 self.A_log.copy_(self.ssm.A_log)
             if self.conv_weight is not None:
                 bound = 1 / math.sqrt(self.ssm.d_conv)
@@ -323,6 +329,7 @@ class _Hydra(nn.Module):
         u = F.silu(u)
         shift = self.shift.to(u.dtype).expand(u.size(-1), 2)
         assert ssm.D is not None
+        assert ssm.A_log is not None
         mixed = ssm.D * u
         for reverse in (False, True):
             A_log = self.A_log if reverse and self.A_log is not None else ssm.A_log
@@ -330,6 +337,13 @@ class _Hydra(nn.Module):
             mixed = mixed + segment_causal_conv1d(y, shift, None, ptr, reverse)  # what a row gets is the one before's
         out: Tensor = ssm.out_proj(mixed.to(gate.dtype) * F.silu(gate))
         return out
+
+
+def _undecayed(*size: int) -> nn.Parameter:
+    """A parameter that optimisers should not decay, marked as in mamba_ssm."""
+    parameter = nn.Parameter(torch.empty(size))
+    parameter._no_weight_decay = True  # type: ignore[attr-defined]
+    return parameter
 
 
 def _negative_exp(log: Tensor) -> Tensor:
@@ -345,8 +359,8 @@ def _fresh_delta_bias(bias: Tensor) -> None:
 
 def _check_sizes(**sizes: int) -> None:
     for name, value in sizes.items():
-        if value < 1:
-            raise ValueError(f"{name} is {value}, but must be at least 1")
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} is {value!r}, but must be an integer of at least 1")
 
 
 def _check_rows(x: Tensor, channels: int) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +14,8 @@ from geo.ops.random_walk import philox
 
 _ROUNDS = 3  # of colour refinement
 _KIND = 16  # of the random numbers of ties: the walks' are below
-_ROWS = 4096  # of powers of the transition matrix held at once
+_REACH = 512  # walks of a node that are followed for its return probabilities: 2 steps at 22 neighbours
+_WALKS = 2**18  # held at once
 
 Key = str | Callable[[Tensor, Tensor, int, Tensor | None], Tensor]
 
@@ -43,8 +43,9 @@ class NodeOrder(nn.Module):
     * ``'random'``: at random, anew in each call;
     * ``'wl'``: by the colours of three rounds of Weisfeiler-Leman refinement (from the features `x`, where given), then
       by the sum of the return probabilities of walks, then, in training, at random and, after ``eval()``, as the nodes
-      stand. Only nodes that refinement cannot tell apart are then still tied, and the sampled order is nearly always
-      the same for all numberings of the nodes;
+      stand. Returns are not counted, and nodes alike to refinement stay tied, where more than 512 walks of half the
+      length (2 steps) lead on from a node or up to it, as next to a hub: that alone would take time and memory
+      quadratic in the hub's neighbours. Elsewhere nearly only nodes that an automorphism swaps stay tied;
     * ``'index'``: as the nodes stand, which depends on their numbering.
 
     Keep the order of a fixed graph where it costs much: ``'pagerank'`` takes 0.1 s for 10,000 nodes with 8 neighbours
@@ -127,7 +128,7 @@ class NodeOrder(nn.Module):
             score: Importance of each node, in place of `key`.
             batch_size: Number of graphs; needed where the last ones are empty. (default: ``batch[-1] + 1``)
             num_samples: In place of the layer's.
-            generator: Draws the seed of random ties. (default: torch's)
+            generator: Draws the seed of random ties. (default: torch's of the device)
             seed: The seed itself; the same one gives the same order.
         """
         num_nodes, batch, ptr = _graphs(edge_index, batch, num_nodes, batch_size, (score, x))
@@ -146,20 +147,23 @@ class NodeOrder(nn.Module):
             score = self._importance(edge_index, batch, ptr, edge_weight)
             if not callable(self.key) and score.is_floating_point():
                 score = score.float()  # nodes that are alike differ by rounding, and must be tied
-        if eager and score.is_floating_point() and bool(score.isnan().any()):
+        reads = eager and bounds.reads_values(batch)
+        if reads and score.is_floating_point() and bool(score.isnan().any()):
             raise ValueError(f"score is NaN for node {int(score.isnan().nonzero()[0])}, but must be a number")
-        place = torch.arange(num_nodes, device=batch.device) - ptr[batch]
+        place = torch.arange(num_nodes, device=batch.device) - gather_coo(ptr, batch)
         group = _split(batch, score, self.descending)
         if self.tie == "wl":
             group = _split(group, _colours(edge_index, num_nodes, x))
-            tied = (scatter(torch.ones_like(group), group, dim_size=num_nodes + 1)[group] > 1).nonzero().flatten()
-            returns = torch.zeros(num_nodes, device=batch.device)
-            returns[tied] = _return_probabilities(edge_index, num_nodes, edge_weight, tied, self.rwse_steps).float()
-            group = _split(group, returns)
+            if self.rwse_steps:
+                tied = scatter(torch.ones_like(group), group, dim_size=num_nodes + 1)[group] > 1
+                returns = _return_probabilities(edge_index, num_nodes, edge_weight, tied, self.rwse_steps)
+                group = _split(group, returns.float())
         if self.tie == "random" or (self.tie == "wl" and self.training):
             if seed is None:
-                device = "cpu" if generator is None else generator.device
-                drawn: Any = torch.randint(2**63 - 1, (), generator=generator, device=device).to(batch.device)
+                device = batch.device if generator is None else generator.device
+                drawn: Any = torch.randint(2**63 - 1, (), generator=generator, device=device)
+                if device != batch.device:
+                    drawn = int(drawn)
             else:
                 drawn = seed
             sample = torch.arange(num_samples, device=batch.device).unsqueeze(-1)
@@ -211,7 +215,7 @@ def _graphs(
         batch_size = 1 if batch_size is None else batch_size
     if batch.shape != (num_nodes,) or batch.dtype != torch.int64:
         raise ValueError(f"batch is {batch.dtype} {tuple(batch.shape)}, but must be int64 ({num_nodes},)")
-    if not torch.compiler.is_compiling() and num_nodes:
+    if not torch.compiler.is_compiling() and num_nodes and bounds.reads_values(batch):
         if bool((batch[1:] < batch[:-1]).any()):
             raise ValueError("batch is not sorted, but the nodes of each graph must stand together, graph after graph")
         last = int(batch[-1])
@@ -241,7 +245,7 @@ def _transition(edge_index: Tensor, num_nodes: int, edge_weight: Tensor | None) 
     """The probability of each edge among those of its source, and whether a source has any."""
     if edge_weight is None:
         edge_weight = torch.ones(edge_index.size(1), device=edge_index.device)
-    elif not torch.compiler.is_compiling() and bool((edge_weight < 0).any()):
+    elif not torch.compiler.is_compiling() and bounds.reads_values(edge_weight) and bool((edge_weight < 0).any()):
         raise ValueError(f"edge_weight has {float(edge_weight.min())}, but must not be negative")
     weight = edge_weight.double()
     total = scatter(weight, edge_index[0], dim_size=num_nodes)
@@ -313,29 +317,55 @@ def _colours(edge_index: Tensor, num_nodes: int, x: Tensor | None) -> Tensor:
     return colour
 
 
-@torch.compiler.disable  # sparse matrices cannot be traced
+@torch.compiler.disable  # as many walks as the values say
 def _return_probabilities(
-    edge_index: Tensor, num_nodes: int, edge_weight: Tensor | None, nodes: Tensor, steps: int
+    edge_index: Tensor, num_nodes: int, edge_weight: Tensor | None, wanted: Tensor, steps: int
 ) -> Tensor:
-    """Sum over walk lengths 1 to `steps` of the probability to be back, [len(nodes)], in float64."""
+    """Sum over walk lengths 1 to `steps` of the probability to be back, in float64; 0 for nodes not wanted or in reach.
+
+    Walks of length a + b return where one of a steps forward meets one of b steps backward, so only walks of half the
+    length are followed. A node with more than _REACH of them is left out: their number is known without following them.
+    """
     probability, _ = _transition(edge_index, num_nodes, edge_weight)
-    size = (num_nodes, num_nodes)
-    move = torch.sparse_coo_tensor(edge_index, probability, size, check_invariants=False).coalesce()
-    parts = [probability.new_zeros(0)]
-    for start in nodes.split(_ROWS):
-        row = torch.arange(start.size(0), device=start.device)
-        one, size = probability.new_ones(start.size(0)), (start.size(0), num_nodes)
-        at = torch.sparse_coo_tensor(torch.stack((row, start)), one, size, check_invariants=False)
-        back = torch.zeros_like(one)
-        for _ in range(steps):
-            with warnings.catch_warnings():  # of a product of COO tensors, which PyTorch forms by way of CSR
-                warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta", UserWarning)
-                at = torch.sparse.mm(at, move).coalesce()
-            row, column = at.indices()
-            home = (column == start[row]).nonzero().flatten()  # at most one in each row
-            back[row[home]] += at.values()[home]
-        parts.append(back)
-    return torch.cat(parts)
+    inside = ((edge_index >= 0) & (edge_index < num_nodes)).all(0)  # the others were not refused without checks
+    edges, probability = edge_index[:, inside], probability[inside]
+    ways = []
+    reach = edge_index.new_zeros(num_nodes)
+    for source, target, length in ((*edges, (steps + 1) // 2), (*edges.flip(0), steps // 2)):
+        order = source.argsort(stable=True)
+        ptr = torch.searchsorted(source[order], torch.arange(num_nodes + 1, device=source.device))
+        ways.append((ptr, target[order], probability[order], length))
+        count = torch.zeros_like(reach)
+        for _ in range(length):
+            count = scatter(gather_coo(count + 1, target), source, dim_size=num_nodes).clamp(max=_REACH + 1)
+        reach += count
+    nodes = (wanted & (reach <= _REACH)).nonzero().flatten()
+    sizes = (reach[nodes].cumsum(0) // _WALKS).unique_consecutive(return_counts=True)[1].tolist()
+    back = probability.new_zeros(num_nodes)
+    for start in nodes.split(sizes):
+        forward, backward = (_walks(start, *way) for way in ways)
+        for a in range(1, len(forward)):
+            row, node, value = forward[a]
+            pair, which = (row * num_nodes + node).unique(return_inverse=True)
+            value = scatter(value, which, dim_size=pair.size(0) + 1)  # one more, which is met by what meets nothing
+            for row, node, other in backward[a - 1 : a + 1]:
+                sought = row * num_nodes + node
+                met = torch.searchsorted(pair, sought)
+                both = torch.where(torch.cat((pair, pair.new_full((1,), -1)))[met] == sought, value[met] * other, 0.0)
+                back[start] += scatter(both, row, dim_size=start.size(0))
+    return back
+
+
+def _walks(
+    start: Tensor, ptr: Tensor, target: Tensor, probability: Tensor, steps: int
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """All walks of 0, 1, ... `steps` steps: (which start, last node, probability)."""
+    walks = [(torch.arange(start.size(0), device=start.device), start, probability.new_ones(start.size(0)))]
+    for _ in range(steps):
+        row, node, value = walks[-1]
+        which, edge = _spread(ptr, node)
+        walks.append((row[which], target[edge], value[which] * probability[edge]))
+    return walks
 
 
 def _spread(ptr: Tensor, nodes: Tensor) -> tuple[Tensor, Tensor]:

@@ -89,7 +89,7 @@ class MPNNTokenEncoder(nn.Module):
         self.level_emb, self.num_root_tokens, self.chunk_size = level_emb, num_root_tokens, chunk_size
         self.lin = nn.Linear(_POOLINGS[pooling] * channels, out_channels)
         self.levels = nn.Embedding(level_emb + 1, out_channels) if level_emb else None
-        self._takes = [frozenset(inspect.signature(conv.forward).parameters) for conv in self.convs]
+        self._takes = [takes_edge_attr(conv) for conv in self.convs]
 
     def reset_parameters(self) -> None:
         """Draws the weights anew, also those of the convolutions."""
@@ -135,7 +135,7 @@ class MPNNTokenEncoder(nn.Module):
         plan = SegmentPlan.from_edge_index(index, h.size(0)) if _has_gated(self.convs) else None
         plain = False
         for conv, takes in zip(self.convs, self._takes, strict=True):
-            kwargs: dict[str, Any] = {"edge_attr": e} if e is not None and "edge_attr" in takes else {}
+            kwargs: dict[str, Any] = {"edge_attr": e} if e is not None and takes else {}
             if isinstance(conv, GatedGCNConv):
                 kwargs["plan"] = plan
             out = conv(F.relu(h) if plain else h, index, **kwargs)
@@ -155,6 +155,12 @@ class MPNNTokenEncoder(nn.Module):
     def extra_repr(self) -> str:
         """Sizes and options."""
         return f"{self.channels}, {self.out_channels}, pooling={self.pooling!r}, level_emb={self.level_emb}"
+
+
+def takes_edge_attr(conv: nn.Module) -> bool:
+    """Whether a convolution can be called with ``edge_attr=...``."""
+    parameters = inspect.signature(conv.forward).parameters
+    return "edge_attr" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
 class RWFTokenEncoder(nn.Module):

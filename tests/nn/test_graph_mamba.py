@@ -104,7 +104,7 @@ def test_18_colours_make_the_order_equivariant_where_no_symmetry_is():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("sizes", [(), (7,), (6, 1, 9)])
+@pytest.mark.parametrize("sizes", [(), (7,), (6, 1, 9), (0, 6, 0, 1, 3, 0)])
 def test_19_alone_equals_batched(kind, sizes):
     model = make(kind)
     graphs = [with_tokens(random_graph(size, 12, seed), kind) for seed, size in enumerate(sizes)]
@@ -114,6 +114,7 @@ def test_19_alone_equals_batched(kind, sizes):
         return
     alone = torch.cat([run(model, graph) for graph in graphs])
     assert_close(run(model, Batch.from_data_list(graphs)), alone)
+    assert_close(run(model, Batch.from_data_list(graphs), batch_size=len(graphs)), alone)
 
 
 def test_19_random_ties_and_training_do_not_depend_on_the_batch():
@@ -209,14 +210,25 @@ def test_isolated_nodes_and_no_edges(kind):
     assert data.x.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("edges", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_parameter_learns(kind):
-    model = make(kind).train()
+def test_every_parameter_learns(kind, edges):
+    model = make(kind, edge_dim=2 if edges else None).train()
     data = with_tokens(random_graph(12, 30), kind)
+    if not edges:
+        data.edge_attr = None
     run(model, data).square().sum().backward()
     idle = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
     # the node itself is the last row: read from the end, it is the first, and has nothing to decay
     assert idle == ([] if kind == "no tokens" else ["layers.1.backward_ssm.A_log"])
+    assert all(p.grad is not None for p in model.parameters())  # or training on several devices fails
+
+
+@pytest.mark.parametrize("make", [lambda: GatedGCN(3, 8, 2, 4), lambda: GPSMambaConv(3, None)])
+def test_no_parameter_is_left_out(make):
+    model, data = make().double(), random_graph(6, 9)
+    model(data.x, data.edge_index).square().sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
 
 
 def test_evaluation_averages_random_orders():
@@ -235,6 +247,7 @@ def test_evaluation_averages_random_orders():
     assert_close(out, torch.stack(one).mean(0))
     assert not torch.allclose(one[0], one[1])
     assert ptr.tolist() == [0, 9]
+    assert torch.equal(run(model, data, seed=5), run(model, data, seed=5))
 
 
 def test_presets():
@@ -248,8 +261,14 @@ def test_presets():
     assert len(minus.mpnn) == 0
     with pytest.raises(ValueError, match="pe_dim is missing"):
         GraphMamba.gmn(3, 8, 2)
-    with pytest.raises(ValueError, match="mpnn is 'gine'"):
-        GraphMamba.gmn_minus(3, 8, 2, mpnn="gine")
+    for make, message in (
+        (lambda: GraphMamba.gmn(3, 8, 2, pe_dim=4, mpnn=None), "mpnn is None, but GMN passes messages"),
+        (lambda: GraphMamba.gmn(3, 8, 2, pe_dim=4, walk_length=0), "walk_length is 0"),
+        (lambda: GraphMamba.gmn_minus(3, 8, 2, walk_length=0), "walk_length is 0"),
+        (lambda: GraphMamba.gmn_minus(3, 8, 2, mpnn="gine"), "mpnn is 'gine'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make()
 
 
 @pytest.mark.parametrize("kind", ["no tokens", "mpnn"])
@@ -340,7 +359,11 @@ def test_gated_gcn():
         ({"walk_length": -1}, "walk_length is -1"),
         ({"mpnn": "gat"}, "mpnn is 'gat'"),
         ({"mpnn": "gine"}, "mpnn='gine' needs edge features"),
-        ({"token_encoder": "rwf"}, "without tokens"),
+        ({"hidden_channels": 8.0}, "hidden_channels is 8.0"),
+        ({"token_encoder": "rwf"}, "token_encoder is 'rwf', but a model without tokens"),
+        ({"num_mpnn_layers": 3}, "num_mpnn_layers is 3, but a model without tokens"),
+        ({"mpnn": None, "edge_dim": 2}, "nobody reads edges"),
+        ({"mpnn": lambda channels: SAGEConv(channels, channels), "edge_dim": 2}, "SAGEConv, which takes no edge_attr"),
         ({"walk_length": 2, "token_encoder": "cnn"}, "token_encoder is 'cnn'"),
         ({"walk_length": 2, "token_encoder": "mpnn", "mpnn": None}, "needs message passing"),
         ({"order": "ppr"}, "'ppr'"),
@@ -371,3 +394,13 @@ def test_refused_inputs():
             model(*given)
     with pytest.raises(ValueError, match="tokens is missing"):
         make("rwf")(*args)
+    for settings, message in (
+        ({"walk_length": 3}, "walk_length=3, but the model is for 2"),
+        ({"walk_length": 2, "num_root_tokens": 0}, "num_root_tokens=0"),
+        ({"walk_length": 2, "induced": False}, "induced=False"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run(make("mpnn"), AddWalkTokens(**settings)(data))
+    for name in ("heads", "attn_type"):
+        with pytest.raises(ValueError, match=f"{name} belongs to the attention"):
+            GPSMambaConv(8, None, **{name: 4})

@@ -63,7 +63,7 @@ def test_reverse_is_each_sequence_read_from_its_end():
 
 
 @pytest.mark.parametrize("combine", ["sum", "concat", "hydra"])
-def test_alone_equals_batched_bitwise(combine):
+def test_alone_equals_batched(combine):
     layer = spread(BiMamba(6, combine=combine, d_state=4).double()).eval()
     x = torch.randn(9, 6, dtype=torch.float64)
     out = layer(x, PTR)
@@ -151,12 +151,23 @@ def test_fresh_layers_start_as_mamba():
     assert layer.dt_proj.weight.abs().max() <= layer.dt_rank**-0.5
 
 
-def test_share_A():
-    layer = BiMamba(4, share_A=True)
-    assert layer.backward_ssm.A_log is layer.forward_ssm.A_log
+@pytest.mark.parametrize("combine", ["sum", "hydra"])
+def test_share_A(combine):
+    layer = spread(BiMamba(4, combine=combine, share_A=True).double())
+    apart = BiMamba(4, combine=combine).double()
+    state = layer.state_dict()
+    kept = [name for name in state if name.endswith("A_log")]
+    assert len(kept) == 1  # each tensor once, as safetensors asks
+    other = "backward_ssm.A_log" if combine == "sum" else "forward_ssm.A_log"
+    apart.load_state_dict(state | {other: state[kept[0]]})
+    x = torch.randn(9, 4, dtype=torch.float64)
+    assert_close(layer(x, PTR), apart(x, PTR))
     layer.reset_parameters()
-    assert layer.backward_ssm.A_log is layer.forward_ssm.A_log
-    assert BiMamba(4).backward_ssm.A_log is not BiMamba(4).forward_ssm.A_log
+
+
+def test_what_is_not_decayed_is_marked():
+    marked = {name for name, p in BiMamba(4).named_parameters() if getattr(p, "_no_weight_decay", False)}
+    assert marked == {f"{ssm}.{name}" for ssm in ("forward_ssm", "backward_ssm") for name in ("A_log", "D")}
 
 
 def test_forward_only_does_not_look_ahead():
@@ -221,6 +232,7 @@ def test_dropout_is_of_training_alone():
     ("make", "message"),
     [
         (lambda: SelectiveSSM(0), "channels is 0"),
+        (lambda: SelectiveSSM(16.0), "channels is 16.0"),
         (lambda: SelectiveSSM(4, d_state=0), "d_state is 0"),
         (lambda: SelectiveSSM(4, d_conv=-1), "d_conv is -1"),
         (lambda: SelectiveSSM(4, expand=0), "expand is 0"),
