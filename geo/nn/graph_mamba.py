@@ -357,7 +357,7 @@ class GraphMamba(nn.Module):
                 f"walk_length={self.walk_length}"
             )
         setting = None if tokens is None else getattr(tokens, "token_setting", None)
-        if setting is None or not setting.numel() or not bounds.reads_values(setting):
+        if setting is None or torch.compiler.is_compiling() or not bounds.reads_values(setting):
             return
         for walk_length, _, _, num_root_tokens, induced in setting.unique(dim=0).tolist():
             if walk_length != self.walk_length:
