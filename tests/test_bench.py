@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch_geometric.data import Data
 
 from geo import bench
 
@@ -356,7 +357,7 @@ def test_selective_scan_draws_ragged_sequences_of_as_many_rows():
             assert 1 <= min(case.lengths) < max(case.lengths) == 2 * equal.longest - 1
 
 
-WALKS = ["--nodes", "40", "12000", "--walks", "2", "1", "--tokens", *"3221", "--rounds", "1", "--length", "3"]
+WALKS = ["--nodes", "40", "12000", "--walks", "2", "1", "--tokens", *"221", "--rounds", "1", "--length", "3"]
 
 
 def test_walk_tokens_prints_both_tables():
@@ -369,11 +370,35 @@ def test_walk_tokens_prints_both_tables():
     assert [small[4], small[9], large[4], large[9]] == ["100", "5", "", "5"]
     assert all(float(small[i]) > 0 for i in (3, 6, 8))
     assert large[2] == large[5] == ""  # nobody waits for walkers in Python there
-    assert [line[0] for line in lines[6:]] == ["AddWalkTokens", "of it, walk_tokens", "vectorised PyTorch", "networkx"]
-    assert "9 tokens" in done.stdout
+    small, large = lines[6:]
+    assert [small[0], large[0]] == ["N = 40, 120 tokens", "N = 12000, 36000 tokens"]
+    assert [small[4], small[7], large[4], large[7]] == ["100", "5", "", "5"]
+    assert all(float(small[i]) > 0 for i in (3, 6, 8))
+    assert float(large[6]) > 0
+    assert large[2] == ""
+    assert 120 < int(small[8]) <= 40 * (5 + 3 + 1)
 
 
-def test_walk_tokens_refuses_a_wrong_result(monkeypatch):
+@pytest.mark.cuda
+def test_walk_tokens_on_a_gpu(capsys):
+    from geo.bench import walk_tokens
+
+    assert walk_tokens.main([*WALKS, "--device", "cuda"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("not available") == 2 * (2 + 1)
+    assert out.count("| 10000 ") == 2
+
+
+def test_walk_tokens_needs_a_gpu_for_cuda(monkeypatch, capsys):
+    from geo.bench import walk_tokens
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        walk_tokens.main([*WALKS, "--device", "cuda"])
+    assert "--device is cuda, but torch sees no GPU" in capsys.readouterr().err
+
+
+def test_walk_tokens_refuses_wrong_walks(monkeypatch):
     from geo.bench import walk_tokens
 
     threads = torch.get_num_threads()
@@ -382,6 +407,38 @@ def test_walk_tokens_refuses_a_wrong_result(monkeypatch):
     with pytest.raises(AssertionError, match="random_walk differs from its reference"):
         walk_tokens.main(WALKS)
     torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("token_size", lambda t: t.add_(1), "the sizes of tokens"),
+        ("token_esize", lambda t: t.add_(1), "the sizes of tokens"),
+        ("token_node_id", lambda t: t[:2].fill_(3), "the members of tokens"),
+        ("token_edge_id", lambda t: t[:2].fill_(3), "the edges of tokens"),
+        ("token_sub_edge_index", lambda t: t.copy_(t.flip(0)), "edges of tokens join other members"),
+    ],
+)
+def test_walk_tokens_refuses_wrong_tokens(name, change, message):
+    from geo.bench import walk_tokens
+
+    edge_index, rowptr, col = walk_tokens.random_graph(30, 5, "cpu")
+    out = walk_tokens.AddWalkTokens(2, 3, 2)(Data(edge_index=edge_index, num_nodes=30))
+    walk_tokens.check_tokens(out, rowptr, col, 2, 3, 2)
+    change(out[name])
+    with pytest.raises(AssertionError, match=message):
+        walk_tokens.check_tokens(out, rowptr, col, 2, 3, 2)
+
+
+def test_walk_tokens_peer_in_blocks(monkeypatch):
+    from geo.bench import walk_tokens
+
+    _, rowptr, col = walk_tokens.random_graph(30, 5, "cpu")
+    walks = walk_tokens.torch_walk(rowptr, col, torch.arange(30), 3, 12)
+    whole = walk_tokens.torch_tokens(rowptr, col, walks, 2, 2)
+    monkeypatch.setitem(walk_tokens.BLOCK, "cpu", 1)
+    parts = walk_tokens.torch_tokens(rowptr, col, walks, 2, 2)
+    assert all(torch.equal(a, b) for a, b in zip(parts, whole, strict=True))
 
 
 def test_graph_mamba_prints_what_fits(capsys):

@@ -1,8 +1,10 @@
 """Random walks and walk tokens against networkx, Python lists and vectorised PyTorch.
 
-Ours is first checked: equal to the plain-PyTorch reference, and every step along an edge. The walkers in Python run on
-the smallest graph alone, since nobody would wait for them on the others. The vectorised peer advances all walks a step
-at a time by ``torch.rand`` and gathers; for tokens it is followed by the plain-PyTorch kernel of ``walk_tokens``.
+Ours is first checked: walks equal the plain-PyTorch reference and every step is along an edge; tokens hold the members
+and edges that the vectorised peer finds on the same walks. The walkers in Python run on the smallest graph alone, since
+nobody would wait for them on the others, and never on a GPU. The vectorised peer advances all walks a step at a time by
+``torch.rand`` and gathers; for tokens it sorts the visited nodes of each, and looks up the neighbours of all members
+among the members, a block of roots at a time.
 """
 
 from __future__ import annotations
@@ -18,13 +20,18 @@ import torch
 from torch import Tensor
 from torch_geometric.data import Data
 
-from geo.bench import interleave, machine, table
-from geo.ops import csr_from_index, random_walk, random_walk_reference, walk_tokens, walk_tokens_reference
+from geo.bench import Timing, interleave, machine, table
+from geo.ops import csr_from_index, random_walk, random_walk_reference
 from geo.transforms import AddWalkTokens
 
 SMALL = 10_000  # nodes, up to which the walkers in Python are timed
 CHECKED = 100_000  # nodes, up to which all walks are compared with the reference
-HEAD = ["walks", "geo", "networkx", "x", "target", "Python lists", "x", "PyTorch", "x", "target", "Msteps/s"]
+BLOCK = {
+    "cpu": 1 << 17,
+    "cuda": 1 << 24,
+}  # neighbours that the vectorised peer looks up at a time, the fastest on the CPU
+WALKS = ["walks", "geo", "networkx", "x", "target", "Python lists", "x", "PyTorch", "x", "target", "Msteps/s", "target"]
+TOKENS = ["tokens", "geo", "networkx", "x", "target", "PyTorch", "x", "target", "members", "edges"]
 Call = Callable[[], Any]
 
 
@@ -35,34 +42,39 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--degree", type=int, default=10, help="mean number of edges out of a node")
     parser.add_argument("--length", type=int, default=8, help="steps of a walk")
     parser.add_argument("--walks", type=int, nargs="*", default=[16, 16, 4], help="from each node, for each of --nodes")
-    parser.add_argument("--tokens", type=int, nargs=4, default=[2000, 3, 4, 2], metavar=("N", "m", "M", "s"))
+    parser.add_argument("--tokens", type=int, nargs=3, default=[2, 4, 2], metavar=("m", "M", "s"))
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=5, help="turns of each candidate")
     parser.add_argument("--seconds", type=float, default=5.0, help="after which a candidate has one call a turn")
     parser.add_argument(
         "--clock", choices=["wall", "cpu"], default="wall", help="cpu: with --threads 1 on a busy machine"
     )
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     args = parser.parse_args(argv)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device is cuda, but torch sees no GPU")
     if len(args.walks) != len(args.nodes):
         parser.error(f"--walks has {len(args.walks)} numbers and --nodes {len(args.nodes)}, but they go together")
     torch.set_num_threads(args.threads)
     print(
-        f"## walk_tokens, {datetime.date.today().isoformat()}\n\n{machine()}\n\nRandom graphs, {args.degree} edges a "
-        f"node, walks of {args.length} steps. Median {args.clock} ms (first to last decile) of interleaved calls; 'x' "
-        "is the peer's time over ours.\n",
+        f"## walk_tokens, {datetime.date.today().isoformat()}\n\n{machine(args.device)}\n\nRandom graphs, "
+        f"{args.degree} edges a node, walks of {args.length} steps. Median {_clock(args)} ms (first to last decile) of "
+        "interleaved calls; 'x' is the peer's time over ours.\n",
         flush=True,
     )
     rows = [walk_row(n, walks, args) for n, walks in zip(args.nodes, args.walks, strict=True)]
-    print(table([HEAD, *rows]), flush=True)
-    print("\n" + token_table(args), flush=True)
+    print(table([WALKS, *rows]), flush=True)
+    steps, num_walks, repeats = args.tokens
+    print(f"\nToken sequences of all nodes, m = {steps}, M = {num_walks}, s = {repeats}, one root token.\n", flush=True)
+    print(table([TOKENS, *(token_row(n, args) for n in args.nodes)]), flush=True)
     return 0
 
 
-def random_graph(num_nodes: int, degree: int) -> tuple[Tensor, Tensor, Tensor]:
+def random_graph(num_nodes: int, degree: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
     """``(edge_index, rowptr, col)``, rows in ascending order."""
     generator = torch.Generator().manual_seed(0)
     edge_index = torch.randint(num_nodes, (2, num_nodes * degree), generator=generator)
-    edge_index = edge_index[:, (edge_index[0] * num_nodes + edge_index[1]).argsort()]
+    edge_index = edge_index[:, (edge_index[0] * num_nodes + edge_index[1]).argsort()].to(device)
     rowptr, _ = csr_from_index(edge_index[0], num_nodes)
     return edge_index, rowptr, edge_index[1]
 
@@ -70,6 +82,7 @@ def random_graph(num_nodes: int, degree: int) -> tuple[Tensor, Tensor, Tensor]:
 def check_walks(rowptr: Tensor, col: Tensor, num_nodes: int, num_walks: int, length: int) -> None:
     """Raise AssertionError unless walks equal the reference (all of them, or a thousand starts) and follow edges."""
     start = torch.arange(num_nodes) if num_nodes <= CHECKED else torch.randint(num_nodes, (1000,))
+    start = start.to(col.device)
     nodes, edges = random_walk(rowptr, col, start, length, num_walks, seed=0, return_edges=True)
     expected = random_walk_reference(rowptr, col, start, length, num_walks, seed=0)
     assert isinstance(expected, Tensor)
@@ -82,72 +95,88 @@ def check_walks(rowptr: Tensor, col: Tensor, num_nodes: int, num_walks: int, len
         raise AssertionError("a step of random_walk is no edge")
 
 
+def check_tokens(out: Data, rowptr: Tensor, col: Tensor, steps: int, num_walks: int, repeats: int) -> None:
+    """Raise AssertionError unless tokens (all, or those of the first nodes) equal the peer's on the same walks."""
+    num_nodes, tokens = rowptr.size(0) - 1, repeats * steps
+    start = torch.arange(num_nodes if num_nodes <= CHECKED else 1000, device=col.device)
+    walks = random_walk_reference(rowptr, col, start, steps, tokens * num_walks, seed=0)
+    assert isinstance(walks, Tensor)
+    members, size, edges, index, edge_size = torch_tokens(rowptr, col, walks, num_walks, repeats)
+    if not torch.equal(out.token_size[: len(size)], size) or not torch.equal(out.token_esize[: len(size)], edge_size):
+        raise AssertionError("the sizes of tokens differ from the peer's")
+    owner = torch.arange(len(size), device=col.device).repeat_interleave(size)
+    ours = out.token_node_id[: len(members)]
+    if not torch.equal((owner * num_nodes + ours).sort().values, owner * num_nodes + members):
+        raise AssertionError("the members of tokens differ from the peer's")
+    of_edge = torch.arange(len(size), device=col.device).repeat_interleave(edge_size) * len(col)
+    found, ends = out.token_edge_id[: len(edges)], out.token_sub_edge_index[:, : len(edges)]
+    if not torch.equal((of_edge + found).sort().values, (of_edge + edges).sort().values):
+        raise AssertionError("the edges of tokens differ from the peer's")
+    for columns, nodes, places in ((found, ours, ends), (edges, members, index)):
+        joined = torch.equal(out.edge_index[:, columns], nodes[places])
+        if not joined or not torch.equal(owner[places] * len(col), of_edge.expand(2, -1)):
+            raise AssertionError("edges of tokens join other members than they should")
+
+
 def walk_row(num_nodes: int, num_walks: int, args: argparse.Namespace) -> list[str]:
     """A line of the first table."""
-    edge_index, rowptr, col = random_graph(num_nodes, args.degree)
-    start, length = torch.arange(num_nodes), args.length
+    edge_index, rowptr, col = random_graph(num_nodes, args.degree, args.device)
+    start, length = torch.arange(num_nodes, device=col.device), args.length
     check_walks(rowptr, col, num_nodes, num_walks, length)
     calls: dict[str, Call] = {
         "geo": lambda: random_walk(rowptr, col, start, length, num_walks, seed=0),
         "torch": lambda: torch_walk(rowptr, col, start, length, num_walks),
     }
-    if num_nodes <= SMALL:
+    if num_nodes <= SMALL and args.device == "cpu":
         graph = _networkx_graph(edge_index, num_nodes)
         rows = [col[a:b].tolist() for a, b in zip(rowptr.tolist(), rowptr[1:].tolist(), strict=False)]
         starts = [v for v in range(num_nodes) for _ in range(num_walks)]
         calls["networkx"] = lambda: [networkx_walk(graph, v, length) for v in starts]
         calls["lists"] = lambda: [list_walk(rows, v, length) for v in starts]
-    times = interleave(calls, args.rounds, 1, args.clock, args.seconds)
-    ours = times["geo"].median
-    row = [f"N = {num_nodes}, {num_walks} each", str(times["geo"])]
-    for name, target in (("networkx", "100"), ("lists", None), ("torch", "5" if num_nodes <= 100_000 else "3")):
-        timed = times.get(name)
-        row += ["", ""] if timed is None else [str(timed), f"{timed.median / ours:.1f}"]
-        if target is not None:
-            row.append(target if timed is not None else "")
-    return [*row, f"{num_nodes * num_walks * length / ours / 1e3:.0f}"]
+    times = interleave(calls, args.rounds, 1, _clock(args), args.seconds)
+    cells = [*_peer(times, "networkx", num_nodes, args), *_peer(times, "lists", num_nodes, args)[:2]]
+    cells += _peer(times, "torch", num_nodes, args)
+    fits = col.is_cuda and rowptr.nbytes + col.nbytes <= torch.cuda.get_device_properties(col.device).L2_cache_size
+    speed = num_nodes * num_walks * length / times["geo"].median / 1e3
+    return [f"N = {num_nodes}, {num_walks} each", str(times["geo"]), *cells, f"{speed:.0f}", "10000" if fits else ""]
 
 
-def token_table(args: argparse.Namespace) -> str:
-    """The second table: all token sequences of a graph."""
-    num_nodes, steps, num_walks, repeats = args.tokens
-    edge_index, rowptr, col = random_graph(num_nodes, args.degree)
+def token_row(num_nodes: int, args: argparse.Namespace) -> list[str]:
+    """A line of the second table: all token sequences of a graph."""
+    steps, num_walks, repeats = args.tokens
+    edge_index, rowptr, col = random_graph(num_nodes, args.degree, args.device)
     data = Data(edge_index=edge_index, num_nodes=num_nodes)
-    transform = AddWalkTokens(steps, num_walks, repeats)
-    start, tokens = torch.arange(num_nodes), repeats * steps
-    lengths = steps - torch.arange(tokens) // repeats
+    transform, start = AddWalkTokens(steps, num_walks, repeats), torch.arange(num_nodes, device=col.device)
     out = transform(data)
-    walks = random_walk_reference(rowptr, col, start, steps, tokens * num_walks, seed=0)
-    assert isinstance(walks, Tensor)
-    walks = walks.view(num_nodes, tokens, num_walks, steps + 1)
-    members, size, _, index, _ = walk_tokens_reference(rowptr, col, start, walks, lengths, 1)
-    found = (out.token_node_id, out.token_size, out.token_sub_edge_index)
-    if not all(torch.equal(a, b) for a, b in zip(found, (members, size, index), strict=True)):
-        raise AssertionError("the tokens differ from those of the reference")
+    check_tokens(out, rowptr, col, steps, num_walks, repeats)
+    counts = [out.token_node_id.numel(), out.token_edge_id.numel()]
+    label = f"N = {num_nodes}, {out.token_size.numel()} tokens"
+    del out
 
-    def vectorised() -> Any:
-        visited = torch_walk(rowptr, col, start, steps, tokens * num_walks)
-        return walk_tokens_reference(
-            rowptr, col, start, visited.view(num_nodes, tokens, num_walks, steps + 1), lengths, 1
-        )
+    def vectorised() -> tuple[Tensor, ...]:
+        walks = torch_walk(rowptr, col, start, steps, steps * repeats * num_walks)
+        return torch_tokens(rowptr, col, walks, num_walks, repeats)
 
-    calls: dict[str, Call] = {
-        "AddWalkTokens": lambda: transform(data),
-        "of it, walk_tokens": lambda: walk_tokens(rowptr, col, start, walks, lengths, 1),
-        "vectorised PyTorch": vectorised,
-    }
-    if num_nodes <= SMALL:
+    calls: dict[str, Call] = {"geo": lambda: transform(data), "torch": vectorised}
+    if num_nodes <= SMALL and args.device == "cpu":
         graph = _networkx_graph(edge_index, num_nodes)
         calls["networkx"] = lambda: networkx_tokens(graph, steps, num_walks, repeats)
-    times = interleave(calls, args.rounds, 1, args.clock, args.seconds)
-    ours = times["AddWalkTokens"].median
-    rows = [["tokens", "ms", "x"]]
-    rows += [[name, str(timed), f"{timed.median / ours:.1f}"] for name, timed in times.items()]
-    return (
-        f"Token sequences of N = {num_nodes} nodes, m = {steps}, M = {num_walks}, s = {repeats}: "
-        f"{size.numel()} tokens, "
-        f"{members.numel()} members, {index.size(1)} edges\n\n{table(rows)}"
-    )
+    times = interleave(calls, args.rounds, 1, _clock(args), args.seconds)
+    cells = [*_peer(times, "networkx", num_nodes, args), *_peer(times, "torch", num_nodes, args)]
+    return [label, str(times["geo"]), *cells, *map(str, counts)]
+
+
+def _clock(args: argparse.Namespace) -> str:
+    return "cuda" if args.device == "cuda" else str(args.clock)
+
+
+def _peer(times: dict[str, Timing], name: str, num_nodes: int, args: argparse.Namespace) -> list[str]:
+    """A peer's time, its ratio to ours, and the ratio wanted on the CPU."""
+    if name not in times:
+        return ["not available" if args.device == "cuda" else "", "", ""]
+    ratio = f"{times[name].median / times['geo'].median:.1f}"
+    target = "100" if name == "networkx" else "5" if num_nodes <= 100_000 else "3"
+    return [str(times[name]), ratio, target if args.device == "cpu" else ""]
 
 
 # -- peers -------------------------------------------------------------------------------------------------------------
@@ -157,10 +186,45 @@ def torch_walk(rowptr: Tensor, col: Tensor, start: Tensor, length: int, num_walk
     degree, out = rowptr.diff(), [node]
     for _ in range(length):
         choices = degree[node]
-        edge = rowptr[node] + (torch.rand(node.size(0)) * choices).long()
+        edge = rowptr[node] + (torch.rand(node.size(0), device=node.device) * choices).long()
         node = torch.where(choices > 0, col[edge.clamp_(max=col.size(0) - 1)], node)
         out.append(node)
     return torch.stack(out, dim=1).view(start.size(0), num_walks, length + 1)
+
+
+def torch_tokens(rowptr: Tensor, col: Tensor, walks: Tensor, num_walks: int, repeats: int) -> tuple[Tensor, ...]:
+    """Tokens of walks [N, s m M, m + 1] and a root token: members, sizes, edges, their ends and numbers of edges."""
+    device, steps, num_tokens = col.device, walks.size(2) - 1, walks.size(1) // num_walks
+    lengths = steps - torch.arange(num_tokens, device=device) // repeats
+    seen = torch.arange(steps + 1, device=device) <= lengths.view(-1, 1, 1)
+    degree, parts, before = rowptr.diff(), [], 0
+    neighbours = num_tokens * num_walks * (steps + 1) * col.size(0) // degree.size(0)
+    for block in walks.split(max(1, BLOCK[device.type] // max(1, neighbours))):
+        part = _torch_block(rowptr, col, degree, block.view(-1, num_tokens, num_walks, steps + 1), seen)
+        part[3].add_(before)
+        before += part[0].size(0)
+        parts.append(part)
+    return tuple(torch.cat(values, dim=-1) for values in zip(*parts, strict=True))
+
+
+def _torch_block(rowptr: Tensor, col: Tensor, degree: Tensor, walks: Tensor, seen: Tensor) -> tuple[Tensor, ...]:
+    num_nodes, root = degree.size(0), walks[:, :1, :1, :1]
+    visited = torch.where(seen, walks, root).flatten(2)
+    visited = torch.cat([visited, root[..., 0].expand(-1, 1, visited.size(2))], dim=1).flatten(0, 1).sort(-1).values
+    new = torch.ones_like(visited, dtype=torch.bool)
+    torch.ne(visited[:, 1:], visited[:, :-1], out=new[:, 1:])
+    size = new.sum(-1)
+    token = torch.arange(size.size(0), device=col.device).view(-1, 1)
+    keys, members = (token * num_nodes + visited)[new], visited[new]
+    counts = degree[members]
+    source = torch.arange(members.size(0), device=col.device).repeat_interleave(counts)
+    edges = torch.arange(source.size(0), device=col.device)
+    edges += (rowptr[members] - (counts.cumsum(0) - counts)).repeat_interleave(counts)
+    wanted = (keys - members).repeat_interleave(counts) + col[edges]  # the target's key in the source's token
+    target = torch.searchsorted(keys, wanted)
+    inside = (keys[target.clamp(max=keys.size(0) - 1)] == wanted).nonzero().flatten()
+    edges, ends = edges[inside], torch.stack([source[inside], target[inside]])
+    return members, size, edges, ends, torch.bincount(keys[ends[0]] // num_nodes, minlength=size.size(0))
 
 
 def list_walk(rows: list[list[int]], node: int, length: int) -> list[int]:
