@@ -12,6 +12,7 @@ from torch_geometric.data import Batch, Data
 from torch_geometric.nn import SAGEConv
 from torch_geometric.utils import from_networkx
 
+from geo.bench import peak_extra_memory
 from geo.nn import BiMamba, GatedGCN, GPSMambaConv, GraphMamba, SelectiveSSM
 from geo.testing import assert_close, assert_permutation_equivariant, assert_state_dict_roundtrip, check_compile
 from geo.transforms import AddWalkTokens
@@ -197,6 +198,31 @@ def test_23_memory_grows_linearly_with_the_nodes(kind):
 
     small, large = kept(300), kept(1200)
     assert 3.0 < large / small < 4.8
+
+
+@pytest.mark.parametrize("tie", ["random", "wl"])
+@pytest.mark.parametrize("kind", ["no tokens", "mpnn"])
+def test_23_peak_memory_grows_linearly_around_a_hub(kind, tie):
+    """All that a training step holds at a time, tokens and order included."""
+
+    def peak(num_nodes: int) -> int | None:
+        leaves = torch.arange(1, num_nodes)
+        star = torch.stack([leaves, torch.zeros_like(leaves)])
+        data = random_graph(num_nodes, num_nodes)
+        data.edge_index = torch.cat([data.edge_index, star, star.flip(0)], dim=1)
+        model = make(kind, edge_dim=None, tie=tie).train()
+
+        def step() -> None:
+            made = with_tokens(data, kind)
+            made.edge_attr = None
+            run(model, made).sum().backward()
+
+        return peak_extra_memory(step)
+
+    small, large = peak(2000), peak(8000)
+    if small is None or large is None:
+        pytest.skip("the peak of resident memory cannot be reset here")
+    assert large < 6 * small, (small, large)
 
 
 @pytest.mark.parametrize("kind", KINDS)
