@@ -6,7 +6,7 @@ An example is one flat script. What every script would otherwise repeat stands h
 * ``frame_flags`` and ``MoleculeFrames`` are the data of a potential: which frames, in batches, and the test errors;
 * ``EnergyForces`` and ``Supervised`` are the two Lightning modules: a potential, and anything with one loss;
 * ``fit`` builds the trainer (progress bar, CSV log, checkpoints, gradient clipping, time budget) and trains;
-* ``format_table``, ``report``, ``parity_plot`` and ``curve_plot`` print and save what a run found.
+* ``format_table``, ``report``, ``parity_plot``, ``curve_plot`` and ``save_weights`` print and save what a run found.
 
 The learning rate warms up linearly and then falls as a cosine to zero *at the end of the budget*, a number of epochs
 or a time: with ``--max-time`` the cosine reads the clock, so that models trained for the same time each see their whole
@@ -21,6 +21,7 @@ import argparse
 import contextlib
 import copy
 import csv
+import json
 import math
 import os
 import re
@@ -59,6 +60,7 @@ __all__ = [
     "parse_time",
     "read_log",
     "report",
+    "save_weights",
     "start",
     "training_flags",
     "write_atomic",
@@ -347,6 +349,7 @@ class _Trained(lightning.LightningModule):
         self.model = model
         self.lr, self.weight_decay, self.warmup = lr, weight_decay, warmup
         self.max_seconds: float | None = None
+        self.epochs_trained = 0  # since the module was made: of a resumed run only the new ones
         # A moving average of 0.99 forgets the start within a few hundred steps.
         self.average = None if ema is None else copy.deepcopy(model).requires_grad_(False)
         self._blend = None if ema is None else get_ema_multi_avg_fn(ema)
@@ -365,9 +368,12 @@ class _Trained(lightning.LightningModule):
         return min(done, 1.0)
 
     def configure_optimizers(self) -> Any:
-        """Adam, no weight decay on biases and normalisation, warm-up then cosine."""
-        decay = [p for p in self.model.parameters() if p.requires_grad and p.dim() > 1]
-        plain = [p for p in self.model.parameters() if p.requires_grad and p.dim() <= 1]
+        """Adam, warm-up then cosine; weight decay as `weight_decay` says."""
+        decay: list[torch.nn.Parameter] = []
+        plain: list[torch.nn.Parameter] = []
+        for p in self.model.parameters():
+            if p.requires_grad:
+                (plain if p.dim() <= 1 or getattr(p, "_no_weight_decay", False) else decay).append(p)
         groups = [{"params": decay, "weight_decay": self.weight_decay}, {"params": plain, "weight_decay": 0.0}]
         optimizer = torch.optim.Adam([group for group in groups if group["params"]], lr=self.lr)
         total = float(self.trainer.estimated_stepping_batches)
@@ -379,6 +385,10 @@ class _Trained(lightning.LightningModule):
 
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_train_epoch_end(self) -> None:
+        """Count the epochs."""
+        self.epochs_trained += 1
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Update the moving average of the parameters; buffers are copied."""
@@ -406,7 +416,7 @@ class EnergyForces(_Trained):
         scale: Root mean square of the training forces, in eV/Å.
         energy_weight: Weight of the energy term.
         lr: Peak learning rate.
-        weight_decay: Of matrices only.
+        weight_decay: Of matrices only, without those marked by an attribute ``_no_weight_decay`` (Mamba's A).
         warmup: Fraction of the budget in which the learning rate rises.
         ema: Decay of the moving average of the weights used for prediction, or None.
     """
@@ -481,7 +491,7 @@ class Supervised(_Trained):
         loss: ``loss(prediction, batch)``, a scalar.
         metrics: By name, ``metric(prediction, batch)``, a scalar averaged over graphs.
         lr: Peak learning rate.
-        weight_decay: Of matrices only.
+        weight_decay: Of matrices only, without those marked by an attribute ``_no_weight_decay`` (Mamba's A).
         warmup: Fraction of the budget in which the learning rate rises.
         ema: Decay of the moving average of the weights used for prediction, or None.
     """
@@ -701,6 +711,29 @@ def write_atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def save_weights(module: _Trained, settings: Mapping[str, Any], folder: str | os.PathLike[str]) -> Path:
+    """Write the weights to predict with as ``model.safetensors`` and how the model was made as ``model.json``.
+
+    Args:
+        module: What ``fit`` trained; the moving average of its weights is written where it has one.
+        settings: Whatever builds the model anew: strings, numbers, paths.
+        folder: Where both files shall stand, such as ``OUT/NAME``.
+
+    Returns:
+        The file of weights; ``safetensors.torch.load_file`` reads it for ``load_state_dict``.
+    """
+    from safetensors.torch import save_file
+
+    model = module.model if module.average is None else module.average
+    state = {name: value.detach().cpu().clone() for name, value in model.state_dict().items()}
+    target = Path(folder) / "model.safetensors"
+    with write_atomic(target) as path:
+        save_file(state, path)
+    with write_atomic(target.with_suffix(".json")) as path:
+        path.write_text(json.dumps(dict(settings), indent=2, default=str) + "\n")
+    return target
 
 
 def _cell(value: object) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import subprocess
 import sys
@@ -106,6 +107,52 @@ def test_same_seed_same_weights(tmp_path):
         training.fit(module, *loaders(), flags(tmp_path, "--epochs", "3"), name)
         results.append(module.model.linear.weight.detach().clone())
     assert torch.equal(*results)
+
+
+def test_weight_decay_is_of_matrices_that_do_not_refuse_it(tmp_path):
+    class Mixed(Line):
+        def __init__(self) -> None:
+            super().__init__()
+            self.log = nn.Parameter(torch.zeros(3, 2))
+            self.log._no_weight_decay = True
+
+    module = training.Supervised(Mixed(), squared, weight_decay=0.5)
+    trainer = training.fit(module, *loaders(), flags(tmp_path, "--smoke"), "line")
+    groups = trainer.optimizers[0].param_groups
+    names = {parameter: name for name, parameter in module.model.named_parameters()}
+    found = {names[parameter]: group["weight_decay"] for group in groups for parameter in group["params"]}
+    assert found == {"linear.weight": 0.5, "linear.bias": 0.0, "log": 0.0}
+
+
+def test_epochs_of_this_session_are_counted(tmp_path):
+    counts = []
+    for extra in (["--epochs", "2"], ["--epochs", "5", "--resume"], ["--epochs", "5", "--resume"]):
+        module = supervised()
+        training.fit(module, *loaders(), flags(tmp_path, *extra), "line")
+        counts.append(module.epochs_trained)
+    assert counts == [2, 3, 0]
+
+
+@pytest.mark.parametrize("ema", [None, 0.9])
+def test_saved_weights_predict_the_same(tmp_path, ema):
+    from safetensors.torch import load_file
+
+    module, (train, val) = supervised(ema=ema), loaders()
+    training.fit(module, train, val, flags(tmp_path, "--epochs", "2"), "line")
+    path = training.save_weights(module, {"hidden": 3, "out": tmp_path}, tmp_path / "line")
+    assert json.loads(path.with_suffix(".json").read_text()) == {"hidden": 3, "out": str(tmp_path)}
+    model, batch = Line(), next(iter(val))
+    model.load_state_dict(load_file(path))
+    assert torch.equal(model(batch), module(batch))
+
+
+def test_saved_weights_may_be_shared(tmp_path):
+    from safetensors.torch import load_file
+
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    model[1].weight = model[0].weight
+    path = training.save_weights(training.Supervised(model, squared), {}, tmp_path)
+    assert torch.equal(load_file(path)["1.weight"], model[0].weight)
 
 
 def test_schedule_rises_then_falls_to_zero(tmp_path):
