@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -14,8 +15,8 @@ from geo.ops.random_walk import philox
 
 _ROUNDS = 3  # of colour refinement
 _KIND = 16  # of the random numbers of ties: the walks' are below
-_REACH = 512  # walks of a node that are followed for its return probabilities: 2 steps at 22 neighbours
-_WALKS = 2**18  # held at once
+_REACH = 1024  # walks of a node that are followed for its return probabilities: 2 steps both ways at 22 neighbours
+_WALKS = 2**20  # held at once, or four times the number of edges
 
 Key = str | Callable[[Tensor, Tensor, int, Tensor | None], Tensor]
 
@@ -43,13 +44,18 @@ class NodeOrder(nn.Module):
     * ``'random'``: at random, anew in each call;
     * ``'wl'``: by the colours of three rounds of Weisfeiler-Leman refinement (from the features `x`, where given), then
       by the sum of the return probabilities of walks, then, in training, at random and, after ``eval()``, as the nodes
-      stand. Returns are not counted, and nodes alike to refinement stay tied, where more than 512 walks of half the
-      length (2 steps) lead on from a node or up to it, as next to a hub: that alone would take time and memory
-      quadratic in the hub's neighbours. Elsewhere nearly only nodes that an automorphism swaps stay tied;
+      stand. Nodes that refinement cannot tell apart also stay tied where more than 1024 walks of half the length (2
+      steps) lead on from them or up to them, that is, next to a hub or beyond about 22 neighbours: to count returns
+      would there take time and memory quadratic in the neighbours of the hub. Elsewhere hardly any but those that an
+      automorphism swaps stay tied, so that the sampled order is nearly always the same for all numberings;
     * ``'index'``: as the nodes stand, which depends on their numbering.
 
-    Keep the order of a fixed graph where it costs much: ``'pagerank'`` takes 0.1 s for 10,000 nodes with 8 neighbours
-    on one core, ``'wl'`` the same where nearly all are tied, ``'kcore'`` a third; the rest a few milliseconds.
+    Keep the order of a fixed graph where it costs much: for 10,000 nodes with 8 neighbours on one core ``'pagerank'``
+    takes 0.1 s, ``'wl'`` 0.05 s more than other ties, ``'kcore'`` 0.03 s, the rest 4 ms. All but ``'kcore'`` grow
+    linearly; ``'wl'`` takes 2 to 6 microseconds for a node up to 8 neighbours, and 30 in stars of 500, its worst.
+
+    Where ``geo.ops.check_bounds(False)`` leaves checks out on CUDA, or a graph is captured, the keys ``'degree'`` and
+    ``'index'`` with a given `batch_size` read nothing on the host, nor does ``'wl'`` without `rwse_steps`.
 
     Args:
         key: One of the names above, or a function called as ``key(edge_index, batch, num_nodes, edge_weight)`` that
@@ -57,7 +63,7 @@ class NodeOrder(nn.Module):
         descending: Most important first. (default: ``False``)
         tie: One of the names above. (default: ``'random'``)
         num_samples: Orders to draw, which differ in the random ties. (default: ``1``)
-        rwse_steps: Longest walk whose return probabilities break ties of ``'wl'``. (default: ``4``)
+        rwse_steps: Longest walk whose return probabilities break ties of ``'wl'``; 0 for none. (default: ``4``)
 
     Shapes:
         edge_index :math:`(2, |E|)`, batch :math:`(|V|)` sorted; output: perm :math:`(|V|)`, the nodes in order, with
@@ -263,11 +269,11 @@ def _pagerank(
     num_nodes = batch.size(0)
     probability, goes_on = _transition(edge_index, num_nodes, edge_weight)
     plan = SegmentPlan.from_edge_index(edge_index, num_nodes)
-    uniform = 1 / ptr.diff()[batch].double()
+    uniform = 1 / gather_coo(ptr.diff(), batch).double()
     rank = uniform
     for _ in range(math.ceil(math.log(0.5e-10) / math.log(alpha))):  # the error is at most 2 alpha^rounds
         flow = gather_mul_segment_sum(rank.unsqueeze(-1), probability.unsqueeze(-1), plan=plan).squeeze(-1)
-        stuck = segment_csr(torch.where(goes_on, 0.0, rank), ptr)[batch]
+        stuck = gather_coo(segment_csr(torch.where(goes_on, 0.0, rank), ptr), batch)
         rank = alpha * (flow + stuck * uniform) + (1 - alpha) * uniform
     return rank
 
@@ -276,7 +282,7 @@ def _pagerank(
 def _core_number(edge_index: Tensor, num_nodes: int) -> Tensor:
     """Core numbers of the simple undirected graph: nodes of least degree are peeled off, all at once."""
     both = torch.cat((edge_index, edge_index.flip(0)), 1)
-    both = both[:, both[0] != both[1]]
+    both = both[:, (both[0] != both[1]) & _inside(both, num_nodes)]
     pair = torch.unique(both[0] * num_nodes + both[1])
     source, target = pair // max(1, num_nodes), pair % max(1, num_nodes)
     ptr = torch.searchsorted(source, torch.arange(num_nodes + 1, device=pair.device))
@@ -317,55 +323,51 @@ def _colours(edge_index: Tensor, num_nodes: int, x: Tensor | None) -> Tensor:
     return colour
 
 
-@torch.compiler.disable  # as many walks as the values say
+@torch.compiler.disable  # sparse matrices cannot be traced
 def _return_probabilities(
     edge_index: Tensor, num_nodes: int, edge_weight: Tensor | None, wanted: Tensor, steps: int
 ) -> Tensor:
-    """Sum over walk lengths 1 to `steps` of the probability to be back, in float64; 0 for nodes not wanted or in reach.
+    """Sum over walk lengths 1 to `steps` of the probability to be back, [num_nodes], in float64; 0 where not counted.
 
-    Walks of length a + b return where one of a steps forward meets one of b steps backward, so only walks of half the
-    length are followed. A node with more than _REACH of them is left out: their number is known without following them.
+    A walk of a + b steps is back where one of a steps forward meets one of b steps backward, so that half the length
+    is followed. Only nodes that are wanted and have no more than _REACH such walks are counted.
     """
     probability, _ = _transition(edge_index, num_nodes, edge_weight)
-    inside = ((edge_index >= 0) & (edge_index < num_nodes)).all(0)  # the others were not refused without checks
+    inside = _inside(edge_index, num_nodes)
     edges, probability = edge_index[:, inside], probability[inside]
-    ways = []
     reach = edge_index.new_zeros(num_nodes)
-    for source, target, length in ((*edges, (steps + 1) // 2), (*edges.flip(0), steps // 2)):
-        order = source.argsort(stable=True)
-        ptr = torch.searchsorted(source[order], torch.arange(num_nodes + 1, device=source.device))
-        ways.append((ptr, target[order], probability[order], length))
+    ways = []
+    for way, length in ((edges, (steps + 1) // 2), (edges.flip(0), steps // 2)):
         count = torch.zeros_like(reach)
         for _ in range(length):
-            count = scatter(gather_coo(count + 1, target), source, dim_size=num_nodes).clamp(max=_REACH + 1)
+            count = scatter(gather_coo(count + 1, way[1]), way[0], dim_size=num_nodes).clamp(max=_REACH + 1)
         reach += count
+        ways.append((_sparse(way, probability, (num_nodes, num_nodes)), length))
     nodes = (wanted & (reach <= _REACH)).nonzero().flatten()
-    sizes = (reach[nodes].cumsum(0) // _WALKS).unique_consecutive(return_counts=True)[1].tolist()
+    portion = reach[nodes].cumsum(0) // max(_WALKS, 4 * edges.size(1))  # each costs a pass over the edges
     back = probability.new_zeros(num_nodes)
-    for start in nodes.split(sizes):
-        forward, backward = (_walks(start, *way) for way in ways)
-        for a in range(1, len(forward)):
-            row, node, value = forward[a]
-            pair, which = (row * num_nodes + node).unique(return_inverse=True)
-            value = scatter(value, which, dim_size=pair.size(0) + 1)  # one more, which is met by what meets nothing
-            for row, node, other in backward[a - 1 : a + 1]:
-                sought = row * num_nodes + node
-                met = torch.searchsorted(pair, sought)
-                both = torch.where(torch.cat((pair, pair.new_full((1,), -1)))[met] == sought, value[met] * other, 0.0)
-                back[start] += scatter(both, row, dim_size=start.size(0))
+    for start in nodes.split(portion.unique_consecutive(return_counts=True)[1].tolist()):
+        here = torch.stack((torch.arange(start.size(0), device=start.device), start))
+        at = _sparse(here, probability.new_ones(start.size(0)), (start.size(0), num_nodes))
+        forward, backward = ([at], [at])
+        with warnings.catch_warnings():  # of a product of COO tensors, which PyTorch forms by way of CSR
+            warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta", UserWarning)
+            for rows, (move, length) in zip((forward, backward), ways, strict=True):
+                for _ in range(length):
+                    rows.append(torch.sparse.mm(rows[-1], move).coalesce())
+        for step in range(1, steps + 1):
+            met = (forward[(step + 1) // 2] * backward[step // 2]).coalesce()
+            back[start] += scatter(met.values(), met.indices()[0], dim_size=start.size(0))
     return back
 
 
-def _walks(
-    start: Tensor, ptr: Tensor, target: Tensor, probability: Tensor, steps: int
-) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """All walks of 0, 1, ... `steps` steps: (which start, last node, probability)."""
-    walks = [(torch.arange(start.size(0), device=start.device), start, probability.new_ones(start.size(0)))]
-    for _ in range(steps):
-        row, node, value = walks[-1]
-        which, edge = _spread(ptr, node)
-        walks.append((row[which], target[edge], value[which] * probability[edge]))
-    return walks
+def _inside(edge_index: Tensor, num_nodes: int) -> Tensor:
+    """Which edges join nodes that are there: without checks others were not refused, and are left out."""
+    return ((edge_index >= 0) & (edge_index < num_nodes)).all(0)
+
+
+def _sparse(index: Tensor, value: Tensor, size: tuple[int, int]) -> Tensor:
+    return torch.sparse_coo_tensor(index, value, size, check_invariants=False).coalesce()
 
 
 def _spread(ptr: Tensor, nodes: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,10 +6,13 @@ from itertools import pairwise
 import networkx as nx
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch_geometric.data import Batch, Data
 from torch_geometric.utils import to_undirected
 
-from geo.nn import NodeOrder
+from geo.nn import NodeOrder, node_order
+from geo.ops import bounds
+from geo.ops.random_walk import philox
 from geo.testing import assert_close
 
 KEYS = ("degree", "pagerank", "kcore", "index")
@@ -147,14 +150,18 @@ def test_alone_equals_batched(key, tie, num_samples):
     assert [int(p[-1]) for _, p in alone] == ptr.diff().tolist()
 
 
-def test_a_tie_that_knows_the_batch_would_be_seen():
-    """The same law with numbers drawn along the batch: the last graph's order is another than alone."""
-    data = Batch.from_data_list(graphs())
-    degree = importance("degree", data, data.batch)[-30:]
-    noise = torch.rand(data.num_nodes, generator=torch.Generator().manual_seed(7))[-30:]
-    alone = torch.rand(30, generator=torch.Generator().manual_seed(7))
-    orders = [sorted(range(30), key=lambda i, r=r: (degree[i], r[i])) for r in (noise, alone)]
-    assert orders[0] != orders[1]
+def test_a_tie_that_knows_the_batch_would_be_seen(monkeypatch):
+    """The law above fails, and for the ties alone, where random numbers belong to the place of a node in the batch."""
+
+    def of_the_batch(seed, place, *words):
+        return philox(seed, torch.arange(place.size(0)), *words)
+
+    monkeypatch.setattr(node_order, "philox", of_the_batch)
+    for key, tie in (("degree", "random"), ("kcore", "random"), ("degree", "wl")):
+        with pytest.raises(AssertionError):
+            test_alone_equals_batched(key, tie, 1)
+    for key, tie in (("index", "random"), ("degree", "index")):
+        test_alone_equals_batched(key, tie, 1)
 
 
 def test_random_ties_are_fair_and_new_each_time():
@@ -242,15 +249,37 @@ def test_return_probabilities_separate_what_refinement_cannot():
     assert runs(NodeOrder(tie="wl", rwse_steps=0)) > 3
 
 
-def test_return_probabilities_are_diagonals_of_powers():
-    from geo.nn.node_order import _return_probabilities
-
+@pytest.mark.parametrize("steps", range(1, 7))
+def test_return_probabilities_are_diagonals_of_powers(steps, monkeypatch):
     data = random_graph(25, 60, undirected=False)
-    weight, nodes = data.edge_attr.double(), torch.tensor([3, 0, 24, 7])
+    weight, wanted = data.edge_attr.double(), torch.arange(25) % 3 > 0
     dense = torch.zeros(25, 25, dtype=torch.float64).index_put_(tuple(data.edge_index), weight, accumulate=True)
     move = dense / dense.sum(1, keepdim=True).clamp(min=1e-300)
-    expected = sum(torch.linalg.matrix_power(move, k).diagonal() for k in range(1, 6))
-    assert_close(_return_probabilities(data.edge_index, 25, weight, nodes, 5), expected[nodes])
+    expected = torch.where(wanted, sum(torch.linalg.matrix_power(move, k).diagonal() for k in range(1, steps + 1)), 0)
+    assert_close(node_order._return_probabilities(data.edge_index, 25, weight, wanted, steps), expected)
+    monkeypatch.setattr(node_order, "_WALKS", 7)  # many portions
+    assert_close(node_order._return_probabilities(data.edge_index, 25, weight, wanted, steps), expected)
+
+
+@pytest.mark.parametrize("leaves", [511, 512, 3000])
+def test_returns_are_not_counted_next_to_a_hub(leaves, monkeypatch):
+    """From a leaf 1 + leaves walks of up to two steps lead on, and as many up to it; a ring beside is as alone."""
+    product, entries = torch.sparse.mm, []
+
+    def counted(*args):
+        entries.append((out := product(*args))._nnz())
+        return out
+
+    monkeypatch.setattr(torch.sparse, "mm", counted)
+    ring, n = undirected(nx.cycle_graph(3)), leaves + 1
+    edges = torch.cat((undirected(nx.star_graph(leaves)), ring + n), 1)
+    back = node_order._return_probabilities(edges, n + 3, None, torch.ones(n + 3, dtype=torch.bool), 4)
+    assert_close(back[n:], torch.full((3,), 2 / 4 + 2 / 8 + 6 / 16, dtype=torch.float64))
+    ahead = 511 * (1 + 511) if leaves == 511 else 0
+    assert back[1:n].allclose(torch.tensor(2 / 511 if ahead else 0.0, dtype=torch.float64), rtol=1e-12)
+    assert sum(entries) == 2 * (ahead + 3 * (2 + 3))
+    perm, _ = NodeOrder(tie="wl").eval()(edges, torch.tensor([0] * n + [1] * 3))
+    assert perm.tolist() == [*range(1, n), 0, *range(n, n + 3)]
 
 
 def test_direction_counts_in_colours():
@@ -386,6 +415,60 @@ def test_wrong_inputs():
         for bad in (-1, 3):
             with pytest.raises(IndexError, match=f"{bad} is out of range"):
                 NodeOrder(key)(torch.tensor([[0, 1], [1, bad]]), num_nodes=3)
+
+
+class NoReads(TorchDispatchMode):
+    """Refuses what makes the host wait for values, outside ops of geo."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.__name__.split(".")[0]
+        if name in ("_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "unique", "_unique2"):
+            raise AssertionError(f"{name} reads values")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("key", "tie"), [(k, t) for k in ("degree", "index") for t in TIES])
+def test_without_checks_nothing_is_read_on_the_host(key, tie, monkeypatch):
+    """As under graph capture on CUDA: with the number of graphs given, and no walks to count."""
+    data = Batch.from_data_list(graphs())
+    order, score = NodeOrder(key, tie=tie, num_samples=2, rwse_steps=0), torch.rand(data.num_nodes)
+    calls = (
+        lambda: order(data.edge_index, data.batch, edge_weight=data.edge_attr, batch_size=8, seed=5),
+        lambda: order(data.edge_index, data.batch, score=score, batch_size=8, seed=5),
+        lambda: order(data.edge_index, num_nodes=data.num_nodes, seed=5),
+        lambda: order(data.edge_index, data.batch, batch_size=8),
+    )
+    expected = [call() for call in calls]
+    for call in calls:
+        with pytest.raises(AssertionError, match="reads values"), NoReads():
+            call()
+    monkeypatch.setattr(bounds, "reads_values", lambda like: False)
+    for i, (call, (perm, ptr)) in enumerate(zip(calls, expected, strict=True)):
+        with NoReads():
+            out = call()
+        assert torch.equal(out[1], ptr)
+        assert i == 3 or torch.equal(out[0], perm)
+    with NoReads():
+        node_order._transition(data.edge_index, data.num_nodes, data.edge_attr)
+
+
+@pytest.mark.cuda
+def test_captured_in_a_cuda_graph():
+    """Drawn from the device's own generator: each replay has other ties."""
+    data = Batch.from_data_list(graphs()).to("cuda")
+    order = NodeOrder()
+    order(data.edge_index, data.batch, batch_size=8)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        perm, ptr = order(data.edge_index, data.batch, batch_size=8)
+    seen = set()
+    for _ in range(5):
+        graph.replay()
+        seen.add(tuple(perm.tolist()))
+        assert torch.equal(data.batch[perm], data.batch)
+    assert ptr.tolist() == data.ptr.tolist()
+    assert len(seen) == 5
 
 
 def test_module():
