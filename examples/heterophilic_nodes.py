@@ -214,9 +214,8 @@ def main(argv: list[str] | None = None) -> list[list[object]]:
         if name != "epochs" and getattr(args, name) is None:
             setattr(args, name, value)
     start(args)
-    every = VALIDATE_EVERY  # a run shorter than that is judged at its end
-    if args.epochs is not None:
-        every = min(every, args.epochs)
+    # a run shorter than that is judged at its end
+    every = 1 if args.smoke else min(VALIDATE_EVERY, args.epochs or VALIDATE_EVERY)
 
     data = load(args)
     if args.pe:
@@ -288,7 +287,7 @@ def main(argv: list[str] | None = None) -> list[list[object]]:
     ]
     notes = [
         ", ".join(setting),
-        f"Tested are the weights that score best on the validation nodes, judged every {every} epochs of a run.",
+        f"Tested are the weights that score best on the validation nodes, judged after every {every} epochs.",
         "Paper: other sizes, four seeds.",
         f"Plots: {args.out}/scores.png, {args.out}/learning.png",
     ]

@@ -45,6 +45,7 @@ try:
     import lightning
     from lightning.pytorch.callbacks import Callback, ModelCheckpoint, Timer
     from lightning.pytorch.loggers import CSVLogger
+    from lightning.pytorch.utilities import rank_zero_only
 except ImportError as error:
     raise ImportError("geo.training needs Lightning: pip install 'torch-geo[train]'") from error
 
@@ -640,7 +641,9 @@ def fit(
     resume = str(last) if args.resume and last.exists() else None
     if args.resume and resume is None:
         print(f"--resume: no checkpoint at {last}; starting {name} from the beginning")
-    if resume is None:
+    if rank_zero_only.rank != 0:
+        pass  # with several devices one process tidies up for all
+    elif resume is None:
         for old in [*folder.glob("*.ckpt"), *folder.glob("metrics*.csv")]:
             old.unlink()
     elif (folder / "metrics.csv").exists():
@@ -789,7 +792,7 @@ def report(
     rows: Sequence[Sequence[object]],
     notes: Sequence[str] = (),
 ) -> None:
-    """Print the last table of an example and keep it as ``OUT/table.md``.
+    """Print the last table of an example and keep it as ``OUT/table.md``, once where several devices train.
 
     Args:
         args: Parsed flags of ``training_flags``.
@@ -798,6 +801,8 @@ def report(
         rows: Cells.
         notes: Lines below it: settings, where the plots are.
     """
+    if rank_zero_only.rank != 0:
+        return
     print("\n".join(["", title, "", format_table(header, rows), "", *notes]), flush=True)
     with write_atomic(args.out / "table.md") as path:
         path.write_text("\n".join([f"## {title}", "", format_table(header, rows, markdown=True), "", *notes, ""]))

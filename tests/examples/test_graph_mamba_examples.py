@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -70,6 +72,19 @@ def test_long_range_solves_its_task(tmp_path):
     assert none < 60
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["long_range", "heterophilic_nodes"])
+def test_two_devices_train_and_resume(tmp_path, name):
+    script = Path(__file__).parents[2] / "examples" / f"{name}.py"
+    flags = ["--smoke", "--accelerator", "cpu", "--threads", "1", "--devices", "2", "--out", str(tmp_path)]
+    for extra in ([], ["--resume"]):
+        done = subprocess.run(
+            [sys.executable, str(script), *flags, *extra], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("reads forwards only") == 1
+
+
 @pytest.mark.parametrize(("name", "folder"), [("long_range", "gmn"), ("heterophilic_nodes", "gmn-0")])
 def test_weights_are_saved_with_what_builds_the_model(tmp_path, name, folder):
     from safetensors.torch import load_file
@@ -91,7 +106,7 @@ def test_heterophilic_nodes_times_only_what_it_trained(tmp_path):
     assert example("heterophilic_nodes").main(settings)[0][-1] > 0
     again = example("heterophilic_nodes").main([*settings, "--resume"])
     assert again[0][-2:] == [3, None]
-    assert "judged every 3 epochs" in (tmp_path / "table.md").read_text()
+    assert "judged after every 3 epochs" in (tmp_path / "table.md").read_text()
     assert example("long_range").read_log(tmp_path / "gatedgcn-0", "val_score")[0] == [3]
 
 
