@@ -9,7 +9,7 @@ long ones only. The Mamba models are without message passing here, so that what 
 Peptides-func and Peptides-struct of the Long Range Graph Benchmark (https://arxiv.org/abs/2206.08164) come through
 PyTorch Geometric, which fetches them into --root.
 
-  python examples/long_range.py                                          # about three minutes on two cores
+  python examples/long_range.py                                          # half a minute on one core
   python examples/long_range.py --data peptides-func --root DIR --epochs 200 --walk-length 0
 """
 
