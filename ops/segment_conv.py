@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from geo.ops import bounds
-from geo.ops.gather_mul import widen
+from geo.ops.gather_mul import check_one_device, widen
 from geo.ops.registration import define
-from geo.ops.selective_scan import check_ptr_tensor, one_segment
+from geo.ops.selective_scan import FLOATS, check_ptr_tensor, one_segment
 
 
 def segment_causal_conv1d(
@@ -77,8 +77,9 @@ def _prepare(
     ptr = one_segment(x) if ptr is None else ptr
     check_ptr_tensor(ptr, x)
     for name, tensor in (("x", x), ("weight", weight), ("bias", bias)):
-        if tensor is not None and not tensor.is_floating_point():
-            raise TypeError(f"{name}: expected a floating-point tensor, got {tensor.dtype}")
+        if tensor is not None and tensor.dtype not in FLOATS:
+            raise TypeError(f"{name}: expected float16, bfloat16, float32 or float64, got {tensor.dtype}")
+    check_one_device("segment_causal_conv1d", x=x, weight=weight, **({} if bias is None else {"bias": bias}))
     double = torch.float64 in (x.dtype, weight.dtype, None if bias is None else bias.dtype)
     dtype = torch.float64 if double else x.dtype
     wide = torch.float64 if double else torch.float32

@@ -235,7 +235,7 @@ def test_refusals():
         segment_causal_conv1d(x, weight, bias[:2])
     with pytest.raises(ValueError, match=r"ptr: expected int64 \[S \+ 1\], got torch\.int32 \[2\]"):
         segment_causal_conv1d(x, weight, bias, ptr.int())
-    with pytest.raises(TypeError, match=r"bias: expected a floating-point tensor, got torch\.int64"):
+    with pytest.raises(TypeError, match=r"bias: expected float16, bfloat16, float32 or float64, got torch\.int64"):
         segment_causal_conv1d(x, weight, bias.long())
     with pytest.raises(RuntimeError, match=r"use geo\.ops\.segment_causal_conv1d_reference there"):
         torch.func.grad(lambda x: segment_causal_conv1d(x, weight).sum())(x)

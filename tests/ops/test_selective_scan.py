@@ -429,7 +429,7 @@ def test_check_5_reverse_is_the_flipped_scan(device):
 
 @pytest.mark.parametrize(("reverse", "law"), LAWS)
 def test_check_6_order_of_segments_permutes_the_bits(device, reverse, law):
-    """(6) Output and gradients by rows are the same bits wherever a segment stands; also beside other ones."""
+    """(6) Output and gradients by rows are the same bits wherever a segment stands, in tiles of the same blocks."""
     args = draw(LENGTHS, 17, 5, device)
     order = [6, 0, 3, 1, 7, 2, 4, 5]
     where = torch.cat([torch.arange(*pair, device=device) for pair in pairwise(args["ptr"].tolist())])
@@ -770,7 +770,13 @@ def test_refusals():
         for scan in (selective_scan, selective_scan_reference):
             with pytest.raises(ValueError, match=sentence):
                 scan(**{**args, **change})
-    with pytest.raises(TypeError, match=r"B: expected a floating-point tensor, got torch\.int64"):
+    with pytest.raises(TypeError, match="B: expected a tensor, got NoneType"):
+        selective_scan(**{**args, "B": None})
+    with pytest.raises(TypeError, match=r"ptr: expected an int64 tensor \[S \+ 1\], got list"):
+        selective_scan(**{**args, "ptr": [0, 6]})
+    with pytest.raises(ValueError, match=r"all tensors must be on one device, got u on cpu, .*A on meta"):
+        selective_scan(**{**args, "A": args["A"].to("meta")})
+    with pytest.raises(TypeError, match=r"B: expected float16, bfloat16, float32 or float64, got torch\.int64"):
         selective_scan(**{**args, "B": args["B"].long()})
     with pytest.raises(RuntimeError, match=r"use geo\.ops\.selective_scan_reference there"):
         torch.func.grad(lambda u: selective_scan(**{**args, "u": u}).sum())(args["u"])
