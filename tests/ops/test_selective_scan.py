@@ -656,13 +656,16 @@ def test_plain_kernels_in_groups_of_chunks(device, monkeypatch, reverse, law):
 
 
 @pytest.mark.parametrize("plain", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_memory_grows_with_rows_and_channels_alone(monkeypatch, plain):
-    """Nothing like [T, E, N], be it of one long segment or of single rows: with N = 16 it would be 16 times [T, E]."""
+def test_memory_grows_with_rows_and_channels_alone(monkeypatch, request, plain):
+    """On one thread nothing like [T, E, N], of one long segment or of single rows: N = 16 would be 16 times [T, E]."""
     if not plain and not _native.have("cpu"):
         pytest.skip("no compiled CPU kernels")
     monkeypatch.setattr(module, "_GROUP", 1 << 18)
     rows, E, N = 32768, 64, 16
     unit = rows * E * 4
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    request.addfinalizer(lambda: torch.set_num_threads(threads))
     for lengths in ([rows], [64] * (rows // 64), [1] * rows):
         args = draw(lengths, E, N, full=False)
         tensors = (*(args[name] for name in NAMES[:5]), None, None, None, None, args["ptr"], False, False, False)
