@@ -101,10 +101,10 @@ def build(name: str, args: argparse.Namespace, data: Any, num_classes: int) -> C
     net = GraphMamba(
         data.num_features,
         args.hidden,
-        args.layers,
+        args.layers if args.walk_length else args.mpnn_layers,  # GPS layers pass messages, too
         num_classes,
         walk_length=args.walk_length,
-        num_mpnn_layers=args.mpnn_layers,
+        num_mpnn_layers=args.mpnn_layers if args.walk_length else None,
         mpnn=None if name == "no-mpnn" else "gatedgcn",
         order="pagerank" if name == "pagerank" else "degree",
         tie=args.tie,
@@ -196,8 +196,8 @@ def main(argv: list[str] | None = None) -> list[list[object]]:
     parser.add_argument("--num-repeats", type=int, default=1, help="tokens of each length (default: %(default)s)")
     group = parser.add_argument_group("the preset's, unless given")
     for flag, kind, text in (
-        ("layers", int, "Mamba layers on tokens, or GPS layers without tokens"),
-        ("mpnn-layers", int, "message-passing layers, also of GatedGCN"),
+        ("layers", int, "Mamba layers on tokens"),
+        ("mpnn-layers", int, "message-passing layers, also of GatedGCN; without tokens as many GPS layers"),
         ("num-walks", int, "walks a token"),
         ("dropout", float, "dropout"),
     ):
@@ -279,8 +279,10 @@ def main(argv: list[str] | None = None) -> list[list[object]]:
     title = f"{args.data}, preset {args.preset}"
     picture(args.out / "scores.png", rows, scores, metric, title)
     curve_plot(args.out / "learning.png", curves, "epoch", f"validation {metric} (%)", title, log=False)
+    depth = f"{args.layers} Mamba and {args.mpnn_layers} message-passing layers"
+    depth = depth if args.walk_length else f"{args.mpnn_layers} GPS layers"
     setting = [
-        f"Splits {args.splits}, {args.layers} Mamba and {args.mpnn_layers} message-passing layers of {args.hidden}",
+        f"Splits {args.splits}, {depth} of {args.hidden}",
         f"{args.d_state} states, dropout {args.dropout}",
         f"tokens m {args.walk_length}, M {args.num_walks}, s {args.num_repeats}" if args.walk_length else "no tokens",
         f"RWSE {args.pe}, ties {args.tie}, peak lr {args.lr}, seed {args.seed}, {torch.get_num_threads()} threads.",

@@ -132,6 +132,12 @@ def test_heterophilic_nodes_runs_every_model(tmp_path, preset):
     assert all(0 <= row[1] <= 100 for row in rows)
 
 
+def test_heterophilic_nodes_runs_without_tokens(tmp_path):
+    rows = smoke("heterophilic_nodes", tmp_path, "--models", "gmn,no-mpnn,gatedgcn", "--walk-length", "0")
+    assert len(rows) == 3
+    assert "6 GPS layers of 32" in (tmp_path / "table.md").read_text()
+
+
 def test_heterophilic_nodes_reads_official_splits(tmp_path, geo_data):
     path = geo_data / "heterophilous" / "minesweeper" / "raw" / "minesweeper.npz"
     if not path.is_file():
