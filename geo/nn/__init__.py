@@ -1,7 +1,7 @@
 """Layers: equivariant and permutation-equivariant modules, one family a file.
 
-:mod:`geo.nn.aggr`, `GauntConv` and `GPSGlobalConv` are imported on first use: PyG, on which they build, takes longer to
-import than all the rest.
+:mod:`geo.nn.aggr`, `GauntConv`, `GPSGlobalConv` and `GINE` are imported on first use: PyG, on which they build, takes
+longer to import than all the rest.
 """
 
 from __future__ import annotations
@@ -39,10 +39,12 @@ if TYPE_CHECKING:
         VarAggregation,
     )
     from geo.nn.gaunt_conv import GauntConv
+    from geo.nn.gine import GINE
     from geo.nn.gps_conv import GPSGlobalConv, GPSMambaConv
     from geo.nn.graph_mamba import GraphMamba
 
 __all__ = [
+    "GINE",
     "PONITA",
     "BiMamba",
     "ConvNeXtBlock",
@@ -80,6 +82,7 @@ __all__ = [
 ]
 
 _LAZY = {
+    "GINE": "geo.nn.gine",
     "GPSGlobalConv": "geo.nn.gps_conv",
     "GPSMambaConv": "geo.nn.gps_conv",
     "GauntConv": "geo.nn.gaunt_conv",
