@@ -20,6 +20,8 @@ from geo.nn.node_order import NodeOrder
 from geo.nn.orientation_grid import FrameGrid, OrientationGrid
 from geo.nn.ponita import PONITA
 from geo.nn.se_conv import ConvNeXtBlock, PointConv, PoniConv
+from geo.nn.sign_net import EigenvectorPE, SignNet
+from geo.nn.spectrum import pad_spectrum
 from geo.nn.tensor_product_conv import TensorProductConv
 from geo.nn.token_encoder import MPNNTokenEncoder, RWFTokenEncoder
 
@@ -48,6 +50,7 @@ __all__ = [
     "PONITA",
     "BiMamba",
     "ConvNeXtBlock",
+    "EigenvectorPE",
     "FrameGrid",
     "GPSGlobalConv",
     "GPSMambaConv",
@@ -72,6 +75,7 @@ __all__ = [
     "SE2Conv",
     "SE3Conv",
     "SelectiveSSM",
+    "SignNet",
     "SoftmaxAggregation",
     "StdAggregation",
     "SumAggregation",
@@ -79,6 +83,7 @@ __all__ = [
     "VarAggregation",
     "aggr",
     "as_e3nn",
+    "pad_spectrum",
 ]
 
 _LAZY = {
