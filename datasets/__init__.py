@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from geo.datasets.cache import DamagedFileError
     from geo.datasets.digit_points import DigitPoints
     from geo.datasets.force_field import ForceField
+    from geo.datasets.graph6 import Graph6
     from geo.datasets.minesweeper import Minesweeper
     from geo.datasets.modelnet10_points import ModelNet10Points
     from geo.datasets.molecules import MoleculeDataset, energy_shift
@@ -27,6 +28,7 @@ _HOME = {
     "DamagedFileError": "cache",
     "DigitPoints": "digit_points",
     "ForceField": "force_field",
+    "Graph6": "graph6",
     "Minesweeper": "minesweeper",
     "ModelNet10Points": "modelnet10_points",
     "MoleculeDataset": "molecules",
@@ -39,6 +41,7 @@ __all__ = [
     "DamagedFileError",
     "DigitPoints",
     "ForceField",
+    "Graph6",
     "Minesweeper",
     "ModelNet10Points",
     "MoleculeDataset",
