@@ -59,7 +59,7 @@ GEO_HD_INLINE V exp2_value(V t) {
   return Exp2Parts<T, V>::scaled(parts, multiply_add(parts.r, exp2_slope<false>(parts.r, T{}), V{} + T(1)));
 }
 
-// e = 2^(d rate) and v; `inverse` is 1 / A, and 0 where A is.
+// e = 2^(d rate) and v; `inverse` is 1 / A, which is not looked at near A = 0.
 template <class V>
 struct ScanStep {
   V decay, gain;
@@ -68,10 +68,9 @@ template <class T, class V>
 GEO_HD_INLINE ScanStep<V> zoh_step(V d, V rate, V inverse) {
   const V t = d * rate;
   const auto parts = Exp2Parts<T, V>::of(t);
-  const V rise = parts.r * exp2_slope<true>(parts.r, T{});
-  const V decay = Exp2Parts<T, V>::scaled(parts, rise + T(1));
-  const V less = magnitude<T>(t) <= V{} + T(0.5) ? rise : decay - T(1);  // e - 1
-  return {decay, inverse == V{} ? d : less * inverse};
+  const V slope = exp2_slope<true>(parts.r, T{}), decay = Exp2Parts<T, V>::scaled(parts, parts.r * slope + T(1));
+  // Near 0, where r is t, no product with A: t may underflow, and then v is d.
+  return {decay, magnitude<T>(t) <= V{} + T(0.5) ? d * (slope * T(ExpNumbers<T>::log2e)) : (decay - T(1)) * inverse};
 }
 
 // dv/dA = (d e - v) / A of zero-order hold, by its series in d A where that cancels.

@@ -49,11 +49,10 @@ def selective_scan(
     :math:`v_t = (e^{\Delta_t A} - 1) / A` (zero-order hold, as the paper writes it; :math:`\Delta_t` where
     :math:`A = 0`). h starts at ``initial_state``, or 0, in every segment: nothing passes from one to another.
 
-    On one thread memory is O(T E (1 + N / 16)): no tensor [T, E, N] is stored, also not for the gradient; where there
-    are fewer tasks than several CPU threads can share, partial sums of at most 512 MiB come on top. Results are bitwise
-    the same on any number of threads. Second derivatives, of any order, run in plain PyTorch, in eager mode, and do
-    need about ten tensors [T, E, N]. A NaN in ``delta`` or ``u`` reaches, of the output, the rows of its segment from
-    its own on (in the order of the scan), in its channel alone; an infinity may become one there. The CPU kernels count
+    Memory is O(T E (1 + N / 16)): no tensor [T, E, N] is stored, also not for the gradient. Results are bitwise the
+    same on any number of threads. Second derivatives, of any order, run in plain PyTorch, in eager mode, and do need
+    about ten tensors [T, E, N]. A NaN in ``delta`` or ``u`` reaches, of the output, the rows of its segment from its
+    own on (in the order of the scan), in its channel alone; an infinity may become one there. The CPU kernels count
     subnormal numbers as 0, which sparse inputs would pay for with six to nine times the time.
 
     Args:

@@ -31,6 +31,7 @@ void for_blocks(const SegmentConv& job, int64_t segments, int64_t begin, int64_t
 void check(const char* op, const Tensor& x, const Tensor& ptr) {
   STD_TORCH_CHECK(x.dim() == 2, op, ": x must have two axes");
   check_index_dtype(ptr, op, "ptr");
+  STD_TORCH_CHECK(ptr.numel() > 0, op, ": ptr must not be empty");
   check_ptr(op, index_data(ptr), ptr.numel() - 1, x.size(0));
 }
 

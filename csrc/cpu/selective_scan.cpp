@@ -1,8 +1,10 @@
 // CPU launchers of selective_scan and selective_scan_backward.
 //
 // Work is cut into tiles of segments and blocks of channels, by the sizes alone: sums over rows and over channels are those
-// of the tiles and blocks, in order. Where that gives too few tasks for the threads, the states of a channel are shared
-// among tasks, too, which does not change a bit (selective_scan_table.h).
+// of the tiles and blocks, in order. It is done in batches of rows, so that what is kept for a batch does not grow with
+// their number: of several tiles, or, where one holds too much of the work, of a window of its rows. Where even the
+// blocks of a window are fewer than the threads, the states of a channel are shared among tasks, too. Neither changes a bit
+// (selective_scan_table.h).
 #include "../selective_scan.h"
 
 #include <torch/csrc/stable/library.h>
@@ -19,9 +21,11 @@ namespace geo {
 namespace {
 
 constexpr int64_t kTileRows = 256, kMaxTiles = 128;                    // at least, and about at most
-constexpr int64_t kFewTiles = 16, kNarrowBlock = 32, kWideBlock = 128;  // channels of a block, with few tiles and many
+constexpr int64_t kFewTiles = 16;
+constexpr int64_t kWideBlock = 128, kFewBlocks = 8;                    // channels of a block; with few tiles, blocks
 constexpr int64_t kSmall = 1 << 15;                                    // states that are updated: one task
-constexpr int64_t kMostParts = int64_t(1) << 29;                       // bytes
+constexpr int64_t kBatchRows = 1 << 13;                                // of several tiles, at least; of a window, at most
+constexpr int64_t kWindow = 1 << 17;                                   // rows times states of a window, about
 
 const SelectiveScanTable& table(float) { return choose_table(GEO_TABLES(selective_scan_float)); }
 const SelectiveScanTable& table(double) { return choose_table(GEO_TABLES(selective_scan_double)); }
@@ -46,8 +50,9 @@ struct Inputs {
   Tensor u, delta, A, B, C, ptr;
   Optional D, z, bias, initial;
   ScalarType dtype, wide;
-  int64_t segments, longest = 0;
+  int64_t segments;
   std::vector<int64_t> tiles{0};  // of segments
+  bool narrow_blocks;
   Scan job{};
 
   Inputs(const char* op, const Tensor& u_, const Tensor& delta_, const Tensor& A_, const Tensor& B_, const Tensor& C_,
@@ -79,11 +84,18 @@ struct Inputs {
     job.reverse = reverse;
     job.zoh = zoh;
     const int64_t rows = std::max(kTileRows, job.T / kMaxTiles);
-    for (int64_t s = 0; s < segments; ++s)
-      if (s + 1 == segments || job.ptr[s + 1] - job.ptr[tiles.back()] >= rows) tiles.push_back(s + 1);
+    for (int64_t s = 0; s < segments; ++s) {
+      const bool large = job.ptr[s + 1] - job.ptr[s] >= 2 * rows;  // alone
+      if (large && tiles.back() < s) tiles.push_back(s);
+      if (large || s + 1 == segments || job.ptr[s + 1] - job.ptr[tiles.back()] >= rows) tiles.push_back(s + 1);
+    }
+    int64_t most = 0;
+    for (int64_t k = 0; k < num_tiles(); ++k) most = std::max(most, tile_rows(k));
+    narrow_blocks = num_tiles() < kFewTiles || most > job.T / kFewTiles;
   }
   int64_t states() const { return job.groups * kStateGroup; }
   int64_t num_tiles() const { return int64_t(tiles.size()) - 1; }
+  int64_t tile_rows(int64_t tile) const { return job.ptr[tiles[tile + 1]] - job.ptr[tiles[tile]]; }
 
  private:
   static Optional contiguous(const Optional& t) { return t ? Optional(made_contiguous(*t)) : t; }
@@ -102,9 +114,8 @@ struct Job {
     const T* A = read<T>(in.A);
     for (int64_t c = 0; c < job.E; ++c)
       for (int64_t n = 0; n < job.N; ++n) {
-        const T a = A[c * job.N + n], over = T(1) / a;
-        rate[n * job.width + c] = a * ExpNumbers<T>::log2e;
-        inverse[n * job.width + c] = over - over == T(0) ? over : T(0);
+        rate[n * job.width + c] = A[c * job.N + n] * ExpNumbers<T>::log2e;
+        inverse[n * job.width + c] = T(1) / A[c * job.N + n];
       }
     for (int64_t c = 0; in.D && c < job.E; ++c) D[c] = read<T>(*in.D)[c];
     for (int64_t c = 0; in.bias && c < job.E; ++c) bias[c] = read<T>(*in.bias)[c];
@@ -120,48 +131,121 @@ struct Job {
     job.bias = bias.data();
   }
 
-  // All tasks, with blocks of `block` channels; `kinds` sums are kept for every group where its states are shared.
-  void run(const Inputs& in, int64_t block, int kinds, bool back) {
-    const int64_t blocks = (job.E + block - 1) / block, tasks = in.num_tiles() * blocks;
-    const bool small = job.T * job.E * job.N < kSmall;
-    const int64_t threads = torch::stable::get_num_threads(), part = job.groups * job.T * job.width * kinds;
-    const bool share = threads > 1 && !small && tasks < 2 * threads && part * int64_t(sizeof(T)) <= kMostParts;
-    const int64_t shares = share ? std::min(job.groups, (2 * threads + tasks - 1) / std::max<int64_t>(1, tasks)) : 1;
-    std::unique_ptr<T[]> parts;
-    if (shares > 1) {
-      parts.reset(new T[part]);
-      job.parts = parts.get();
-    }
-    const auto run = [&](ScanMode mode, int64_t shares) {
-      const int64_t total = tasks * shares;
-      std::vector<std::unique_ptr<T[]>> buffers(max_threads(total, 1));
-      std::vector<int64_t> sizes(buffers.size());
-      parallel_blocks(total, small ? total : 1, [&](int64_t thread, int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) {
-          ScanTask task{};
-          task.mode = mode;
-          task.first_group = job.groups * (i % shares) / shares;
-          task.last_group = job.groups * (i % shares + 1) / shares;
-          task.block = i / shares % blocks;
-          task.first_channel = task.block * block;
-          task.last_channel = std::min(job.E, task.first_channel + block);
-          task.tile = i / shares / blocks;
-          task.first_segment = in.tiles[task.tile];
-          task.last_segment = in.tiles[task.tile + 1];
-          const int64_t size = leaf.scratch(job, task, back) + kScanLanes;
-          if (size > sizes[thread]) {
-            buffers[thread].reset(new T[size]);
-            sizes[thread] = size;
-          }
-          const uintptr_t at = (reinterpret_cast<uintptr_t>(buffers[thread].get()) + 63) & ~uintptr_t(63);
-          (back ? leaf.backward : leaf.forward)(job, task, reinterpret_cast<void*>(at));
+  // All tasks of a mode: those of some tiles, blocks of channels, shares of the states and, of one tile, chunks.
+  struct Tasks {
+    int64_t first_tile, last_tile, block, shares, first_chunk = 0, last_chunk = INT64_MAX;
+  };
+  void run(const Inputs& in, const Tasks& tasks, ScanMode mode, bool back) {
+    const int64_t blocks = (job.E + tasks.block - 1) / tasks.block, shares = tasks.shares;
+    const int64_t total = (tasks.last_tile - tasks.first_tile) * blocks * shares;
+    buffers.resize(std::max<size_t>(buffers.size(), max_threads(total, 1)));
+    capacity.resize(buffers.size());
+    parallel_blocks(total, is_small() ? total : 1, [&](int64_t thread, int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        ScanTask task{};
+        task.mode = mode;
+        task.first_group = job.groups * (i % shares) / shares;
+        task.last_group = job.groups * (i % shares + 1) / shares;
+        task.block = i / shares % blocks;
+        task.first_channel = task.block * tasks.block;
+        task.last_channel = std::min(job.E, task.first_channel + tasks.block);
+        task.tile = tasks.first_tile + i / shares / blocks;
+        task.first_segment = in.tiles[task.tile];
+        task.last_segment = in.tiles[task.tile + 1];
+        task.first_chunk = tasks.first_chunk;
+        task.last_chunk = tasks.last_chunk;
+        const int64_t size = leaf.scratch(job, task, back) + kScanLanes;
+        if (size > capacity[thread]) {
+          buffers[thread].reset(new T[size]);
+          capacity[thread] = size;
         }
-      });
-    };
-    if (shares == 1) return run(ScanMode::kWhole, 1);
-    run(ScanMode::kPart, shares);
-    run(ScanMode::kFinish, 1);
+        const uintptr_t at = (reinterpret_cast<uintptr_t>(buffers[thread].get()) + 63) & ~uintptr_t(63);
+        (back ? leaf.backward : leaf.forward)(job, task, reinterpret_cast<void*>(at));
+      }
+    });
   }
+  bool is_small() const { return job.T * job.E * job.N < kSmall; }
+
+  // Everything, with blocks of `block` channels. `kinds` sums are kept for every group where its states are shared; after
+  // each batch, done(first row, rows), and before it the sums over channels have room, [blocks, rows, states] each.
+  template <class F>
+  void run(const Inputs& in, int64_t block, int kinds, bool back, F&& done) {
+    const int64_t threads = torch::stable::get_num_threads(), tiles = in.num_tiles();
+    const int64_t blocks = (job.E + block - 1) / block, states = in.states();
+    const auto alone = [&](int64_t tile) {
+      const int64_t rows = in.tile_rows(tile);
+      return in.tiles[tile + 1] == in.tiles[tile] + 1 && !is_small() && rows >= 2 * kTileRows &&
+             (rows > std::max(kBatchRows, job.T / 8) || rows * 2 * threads > job.T * blocks);
+    };
+    const auto batch = [&](int64_t first_row, int64_t rows) {
+      job.first_row = first_row;
+      job.rows = rows;
+      const int64_t size = back ? 2 * blocks * rows * states : 0;
+      if (size > room) {
+        sums.reset(new T[size]);
+        room = size;
+      }
+      job.dB = sums.get();
+      job.dC = sums.get() + size / 2;
+    };
+    for (int64_t first = 0, last; first < tiles; first = last) {
+      last = first + 1;
+      if (alone(first)) {
+        run_alone(in, first, block, kinds, back, batch, done);
+        continue;
+      }
+      int64_t rows = in.tile_rows(first);
+      const int64_t enough = std::max(kBatchRows, job.T / 8);
+      for (; last < tiles && !alone(last) && (!back || rows < enough || (last - first) * blocks < 2 * threads); ++last)
+        rows += in.tile_rows(last);
+      const int64_t first_row = job.ptr[in.tiles[first]];
+      batch(first_row, rows);
+      run(in, {first, last, block, 1}, ScanMode::kWhole, back);
+      done(first_row, rows);
+    }
+  }
+  // A tile of one segment, in windows.
+  template <class Batch, class F>
+  void run_alone(const Inputs& in, int64_t tile, int64_t block, int kinds, bool back, Batch&& batch, F&& done) {
+    const int64_t threads = torch::stable::get_num_threads(), blocks = (job.E + block - 1) / block;
+    const int64_t low = job.ptr[in.tiles[tile]], high = job.ptr[in.tiles[tile + 1]], states = in.states();
+    const int64_t chunks = (high - low + kScanChunk - 1) / kScanChunk;
+    const int64_t shares = std::clamp<int64_t>(threads / blocks, 1, job.groups);
+    // States are kept for as many pieces as take about two rows of u for each row.
+    job.piece = (states + 2 * kScanChunk - 1) / (2 * kScanChunk);
+    const int64_t rows = std::clamp(kWindow / states, kTileRows, kBatchRows) / (shares > 1 ? 2 : 1);
+    const int64_t window = (rows / kScanChunk + job.piece - 1) / job.piece * job.piece;
+    const int64_t length = back || shares > 1 ? window : chunks, windows = (chunks + length - 1) / length;
+    std::unique_ptr<T[]> carried(new T[states * job.width]), parts, kept;
+    job.carried = carried.get();
+    if (back) {
+      const int64_t size = (chunks + job.piece - 1) / job.piece * states * job.width;
+      kept.reset(new T[size]);
+      advise_huge_pages(kept.get(), size * int64_t(sizeof(T)));
+      job.kept = kept.get();
+      run(in, {tile, tile + 1, block, shares}, ScanMode::kKeep, true);
+    }
+    if (shares > 1) parts.reset(new T[kinds * job.groups * std::min(high - low, length * kScanChunk) * job.width]);
+    job.parts = parts.get();
+    for (int64_t i = 0; i < windows; ++i) {
+      const int64_t first = (back ? windows - 1 - i : i) * length, last = std::min(chunks, first + length);
+      const int64_t begin = first * kScanChunk, end = std::min(high - low, last * kScanChunk);
+      const int64_t first_row = job.reverse ? high - end : low + begin;
+      batch(first_row, end - begin);
+      Tasks tasks{tile, tile + 1, block, shares, first, last};
+      run(in, tasks, shares > 1 ? ScanMode::kPart : ScanMode::kWhole, back);
+      tasks.shares = 1;
+      if (shares > 1) run(in, tasks, ScanMode::kFinish, back);
+      done(first_row, end - begin);
+    }
+    job.carried = job.kept = job.parts = nullptr;
+  }
+
+ private:
+  std::vector<std::unique_ptr<T[]>> buffers;  // of threads
+  std::vector<int64_t> capacity;
+  std::unique_ptr<T[]> sums;
+  int64_t room = 0;
 };
 
 template <class S>
@@ -187,7 +271,7 @@ std::tuple<Tensor, Tensor> selective_scan_cpu(const Tensor& u, const Tensor& del
     Job<S> job(in);
     job.job.y = fresh<S>(y);
     job.job.last = return_last_state ? fresh<T>(last) : nullptr;
-    job.run(in, in.num_tiles() < kFewTiles ? job.leaf.lanes : kWideBlock, 1, false);
+    job.run(in, in.narrow_blocks ? job.leaf.lanes : kWideBlock, 1, false, [](int64_t, int64_t) {});
   });
   return {y, last};
 }
@@ -235,10 +319,9 @@ Gradients selective_scan_backward_cpu(const Tensor& grad_y_, const Optional& gra
     using T = typename accumulate<S>::type;
     Job<S> job(in);
     const int64_t tiles = in.num_tiles(), states = in.states(), width = size.width;
-    const int64_t block = tiles < kFewTiles ? kNarrowBlock : kWideBlock;
-    const int64_t blocks = (size.E + block - 1) / block, row = size.T * states;
+    const int64_t narrow_block = std::clamp(size.E / kFewBlocks / kScanLanes * kScanLanes, kScanLanes, kWideBlock);
+    const int64_t block = in.narrow_blocks ? narrow_block : kWideBlock, blocks = (size.E + block - 1) / block;
     std::vector<T> sum_A(tiles * states * width), sum_D(tiles * width), sum_bias(tiles * width);
-    std::unique_ptr<T[]> sum_B(new T[blocks * row]), sum_C(new T[blocks * row]);
     job.job.grad_y = read<S>(grad_y);
     job.job.grad_last = grad_last ? read<T>(*grad_last) : nullptr;
     job.job.du = fresh<S>(du);
@@ -248,9 +331,23 @@ Gradients selective_scan_backward_cpu(const Tensor& grad_y_, const Optional& gra
     job.job.dA = sum_A.data();
     job.job.dD = sum_D.data();
     job.job.dbias = sum_bias.data();
-    job.job.dB = sum_B.get();
-    job.job.dC = sum_C.get();
-    job.run(in, block, in.z ? 3 : 2, true);
+    S *to_B = write<S>(dB), *to_C = write<S>(dC);
+    job.run(in, block, in.z ? 3 : 2, true, [&](int64_t first_row, int64_t rows) {
+      T *sum_B = static_cast<T*>(job.job.dB), *sum_C = static_cast<T*>(job.job.dC);
+      const int64_t part = rows * states;
+      parallel_blocks(rows, 1 << 8, [&](int64_t, int64_t begin, int64_t end) {
+        for (int64_t k = 1; k < blocks; ++k)
+          for (int64_t i = begin * states; i < end * states; ++i) {
+            sum_B[i] += sum_B[k * part + i];
+            sum_C[i] += sum_C[k * part + i];
+          }
+        for (int64_t t = begin; t < end; ++t)
+          for (int64_t n = 0; n < size.N; ++n) {
+            narrow(blocks ? sum_B[t * states + n] : T(0), to_B + (first_row + t) * size.N + n);
+            narrow(blocks ? sum_C[t * states + n] : T(0), to_C + (first_row + t) * size.N + n);
+          }
+      });
+    });
 
     std::vector<T> wide(std::max(states, int64_t{1}) * width);
     add_up(sum_A, tiles, states * width, wide.data());
@@ -260,19 +357,6 @@ Gradients selective_scan_backward_cpu(const Tensor& grad_y_, const Optional& gra
     if (in.D) std::copy_n(wide.data(), size.E, write<T>(dD));
     add_up(sum_bias, tiles, width, wide.data());
     if (in.bias) std::copy_n(wide.data(), size.E, write<T>(dbias));
-    S *to_B = write<S>(dB), *to_C = write<S>(dC);
-    parallel_blocks(size.T, 1 << 12, [&](int64_t, int64_t begin, int64_t end) {
-      for (int64_t t = begin; t < end; ++t)
-        for (int64_t n = 0; n < size.N; ++n) {
-          T b = blocks ? sum_B[t * states + n] : T(0), c = blocks ? sum_C[t * states + n] : T(0);
-          for (int64_t k = 1; k < blocks; ++k) {
-            b += sum_B[k * row + t * states + n];
-            c += sum_C[k * row + t * states + n];
-          }
-          narrow(b, to_B + t * size.N + n);
-          narrow(c, to_C + t * size.N + n);
-        }
-    });
   });
   return out;
 }

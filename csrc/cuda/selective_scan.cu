@@ -125,10 +125,7 @@ struct States {
     GEO_UNROLL(16) for (int n = 0; n < kStates; ++n) {
       const T a = n < count ? job.A[e * job.N + first + n] : T(0);
       rate[n] = a * ExpNumbers<T>::log2e;
-      if constexpr (kZoh) {
-        const T over = T(1) / a;
-        inverse[n] = over - over == T(0) ? over : T(0);
-      }
+      if constexpr (kZoh) inverse[n] = T(1) / a;
     }
   }
   __device__ __forceinline__ ScanStep<T> step(int n, T d) const {

@@ -35,9 +35,9 @@ FORWARD = {"mambapy": 40.0, "reference loop": 30.0, "eager loop": 12.0, "mamba_s
 MOST_COPIED = 2e9  # numbers: the gradient of the reference's loop copies [B, E, L, N] once a row
 INTRODUCTION = (
     "float32, N = 16, no gate. Median {} ms of interleaved calls; 'x' is a peer's time over ours, 'target' what is "
-    "asked of it. mambapy: its parallel scan in PyTorch. reference loop: the formula and layout of mamba_ssm's "
-    "selective_scan_ref. eager loop: one step of all sequences at a time. bytes/token: what a call needs beyond its "
-    "result, measured on at most 10,000 rows."
+    "asked of it. mambapy: its parallel scan in PyTorch. mamba_ssm: from our layout, its transposes included. "
+    "reference loop: the formula and layout of mamba_ssm's selective_scan_ref. eager loop: one step of all sequences "
+    "at a time. bytes/token: what a call needs beyond its result, measured on at most 10,000 rows."
 )
 Call = Callable[[], tuple[Tensor, ...]]
 Function = Callable[..., Tensor]

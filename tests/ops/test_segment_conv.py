@@ -220,6 +220,16 @@ def test_bad_ptr(device, ptr, sentence):
         segment_causal_conv1d_reference(x, weight, ptr=torch.tensor(ptr, device=device))
 
 
+@pytest.mark.skipif(not _native.have("cpu"), reason="no compiled CPU kernels")
+def test_empty_ptr_of_the_raw_ops():
+    x, weight, _ = tensors(6, 3, 4)
+    ptr = torch.empty(0, dtype=torch.int64)
+    with pytest.raises(RuntimeError, match="segment_causal_conv1d: ptr must not be empty"):
+        torch.ops.geo.segment_causal_conv1d(x, weight, None, ptr, False)
+    with pytest.raises(RuntimeError, match="segment_causal_conv1d_weight: ptr must not be empty"):
+        torch.ops.geo.segment_causal_conv1d_weight(x, x, ptr, 4, False)
+
+
 def test_refusals():
     x, weight, bias = tensors(6, 3, 4)
     ptr = torch.tensor([0, 6])

@@ -47,7 +47,7 @@ def draw(lengths: list[int], E: int, N: int, device="cpu", dtype=torch.float32, 
         shapes |= {"D": (E,), "z": (rows, E), "delta_bias": (E,), "initial_state": (count, E, N)}
     args: dict[str, Any] = {name: torch.randn(shape, dtype=torch.float64) for name, shape in shapes.items()}
     args["A"] = -args["A"].exp()
-    args["A"][:, -1] = 0  # an accumulator
+    args["A"][:, -1:] = 0  # an accumulator
     if not full:
         args["delta"] = softplus(args["delta"])
     narrow = ("u", "delta", "B", "C", "z")
@@ -500,10 +500,12 @@ def test_check_8_split_with_state_equals_one_pass(device, reverse, law):
 
 
 @pytest.mark.skipif(not _native.have("cpu"), reason="no compiled CPU kernels")
-@pytest.mark.parametrize("lengths", [[9000], [20] * 300 + [0, 1, 2000]], ids=["one", "many"])
+@pytest.mark.parametrize(
+    "lengths", [[9000], [20] * 300 + [0, 1, 2000], [7] * 50 + [17001, 2000, 0] + [7] * 50], ids=["one", "many", "huge"]
+)
 @pytest.mark.parametrize(("reverse", "law"), LAWS)
 def test_check_9_same_bits_on_any_number_of_threads(lengths, reverse, law):
-    """(9) Output, state and gradients, of one long segment and of many."""
+    """(9) Output, state and gradients, of one long segment, of many, and of one that holds most rows."""
     args = draw(lengths, 40, 8)
     threads, found = torch.get_num_threads(), []
     try:
@@ -590,6 +592,34 @@ def test_extreme_steps_and_decays(device, dtype, law):
     compare(selective_scan, loop, args, 10, discretization=law)  # entries up to 1e4 cancel
 
 
+@pytest.mark.parametrize(
+    ("dtype", "rate", "step"),
+    [
+        (torch.float32, -1e-30, 1e-9),
+        (torch.float32, -1e-38, 1e-3),
+        (torch.float32, 0.0, 1e-20),
+        (torch.float64, -1e-300, 1e-9),
+        (torch.float64, -1e-30, 1e-9),
+    ],
+)
+def test_zero_order_hold_of_a_product_that_underflows(device, dtype, rate, step):
+    """v is Delta then, and with u = 1 / Delta each row adds 1: nothing is small enough to hide behind a tolerance."""
+    ones = torch.ones(3, 1, device=device, dtype=dtype)
+    A, delta = torch.full_like(ones[:1], rate), torch.full_like(ones, step)
+    for scan in (selective_scan, selective_scan_reference):
+        y = scan(1 / delta, delta, A, ones, ones, discretization="zoh")
+        torch.testing.assert_close(y[:, 0], torch.arange(1, 4, device=device, dtype=dtype), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("rate", [-1e38, -math.inf])
+def test_zero_order_hold_of_a_huge_rate(device, rate):
+    """v is -1 / A then, which is 0 to float32, and not Delta."""
+    ones = torch.ones(3, 1, device=device)
+    for scan in (selective_scan, selective_scan_reference):
+        y = scan(ones, ones, rate * ones[:1], ones, ones, discretization="zoh")
+        torch.testing.assert_close(y, 0 * ones, rtol=0, atol=2e-38)
+
+
 def test_extreme_softplus(device):
     """Around the threshold of 20, where softplus becomes the identity, and where it underflows."""
     args = draw([9], 1, 2, device, torch.float64)
@@ -637,6 +667,12 @@ def test_empty_segments_keep_the_initial_state(device):
         assert not selective_scan(**args, return_last_state=True)[1][empty].any()
 
 
+@pytest.mark.parametrize(("rows", "E", "N"), [(5, 0, 3), (5, 3, 0), (0, 3, 2), (0, 0, 0)])
+def test_no_channels_no_states_no_segments(device, rows, E, N):
+    args = draw([rows] if rows else [], E, N, device)
+    compare(selective_scan, selective_scan_reference, args, return_last_state=True)
+
+
 # -- how it is computed ------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(("reverse", "law"), LAWS)
 def test_plain_kernels_in_groups_of_chunks(device, monkeypatch, reverse, law):
@@ -655,17 +691,55 @@ def test_plain_kernels_in_groups_of_chunks(device, monkeypatch, reverse, law):
         assert_all_close([*found, *grads], expected)
 
 
-@pytest.mark.parametrize("plain", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_memory_grows_with_rows_and_channels_alone(monkeypatch, request, plain):
-    """On one thread nothing like [T, E, N], of one long segment or of single rows: N = 16 would be 16 times [T, E]."""
+@pytest.mark.skipif(not _native.have("cpu"), reason="no compiled CPU kernels")
+@pytest.mark.parametrize(("reverse", "law"), LAWS)
+def test_long_segment_in_windows(reverse, law):
+    """Rows enough for several windows, and more threads than blocks of channels, against the plain kernels."""
+    args, threads = draw([5, 20011, 3], 18, 9, dtype=torch.float64), torch.get_num_threads()
+    inputs = (*(args[name] for name in NAMES), args["ptr"], True, reverse, law == "zoh")
+    g_y, g_state = torch.randn_like(args["u"]), torch.randn_like(args["initial_state"])
+    try:
+        torch.set_num_threads(8)
+        found = torch.ops.geo.selective_scan(*inputs, True)
+        grads = torch.ops.geo.selective_scan_backward(g_y, g_state, *inputs)
+    finally:
+        torch.set_num_threads(threads)
+    expected = [*module._scan_kernel(*inputs, True), *module._backward_kernel(g_y, g_state, *inputs)]
+    assert_all_close([*found, *grads], expected)
+
+
+@pytest.mark.skipif(not _native.have("cpu"), reason="no compiled CPU kernels")
+@pytest.mark.parametrize("threads", [2, 4])
+@pytest.mark.parametrize("E", [16, 64])
+def test_memory_of_threads(threads, E):
+    """What threads share of a long segment does not grow with it."""
+    rows, before = 131072, torch.get_num_threads()
+    args = draw([rows], E, 16)
+    tensors = (*(args[name] for name in NAMES), args["ptr"], True, False, False)
+    grad = torch.randn(rows, E)
+    try:
+        torch.set_num_threads(threads)
+        first = bench.peak_extra_memory(lambda: torch.ops.geo.selective_scan(*tensors, False))
+        second = bench.peak_extra_memory(lambda: torch.ops.geo.selective_scan_backward(grad, None, *tensors))
+    finally:
+        torch.set_num_threads(before)
+    if first is None or second is None:
+        pytest.skip("the peak of resident memory cannot be reset here")
+    assert first < rows * E * 4
+    assert second < 4 * rows * E * 4
+
+
+@pytest.mark.parametrize(("plain", "threads"), [(False, 1), (False, 2), pytest.param(True, 1, marks=pytest.mark.slow)])
+def test_memory_grows_with_rows_and_channels_alone(monkeypatch, request, plain, threads):
+    """Nothing like [T, E, N], of one long segment or of single rows: N = 16 would be 16 times [T, E]."""
     if not plain and not _native.have("cpu"):
         pytest.skip("no compiled CPU kernels")
     monkeypatch.setattr(module, "_GROUP", 1 << 18)
     rows, E, N = 32768, 64, 16
     unit = rows * E * 4
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    request.addfinalizer(lambda: torch.set_num_threads(threads))
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    request.addfinalizer(lambda: torch.set_num_threads(before))
     for lengths in ([rows], [64] * (rows // 64), [1] * rows):
         args = draw(lengths, E, N, full=False)
         tensors = (*(args[name] for name in NAMES[:5]), None, None, None, None, args["ptr"], False, False, False)

@@ -68,7 +68,7 @@ struct Exp2Parts<float, GEO_SIMD_NAMESPACE::vfloat> {
 namespace GEO_SIMD_NAMESPACE {
 namespace {
 
-constexpr int kChunk = 16;                                             // rows
+constexpr int kChunk = int(kScanChunk);
 constexpr int kStates = int(kStateGroup);                              // of a group
 constexpr int kScanGroups = kRegisters == 32 ? 4 : 2;                  // of a pass
 constexpr int kBackGroups = kRegisters == 32 ? 2 : 1;
@@ -513,7 +513,8 @@ struct Task {
 
   // Sums over the states of one group.
   T* part(int which, int64_t group, const Chunk& chunk, int k, int64_t c) const {
-    return static_cast<T*>(job.parts) + ((which * job.groups + group) * job.T + Chunk::row(chunk, k)) * job.width + c;
+    const int64_t row = Chunk::row(chunk, k) - job.first_row;
+    return static_cast<T*>(job.parts) + ((which * job.groups + group) * job.rows + row) * job.width + c;
   }
   void put_parts(int which, int64_t group, const Chunk& chunk, int64_t c, const V* sum) const {
     for (int k = 0; k < chunk.count; ++k) store(part(which, group, chunk, k, c), sum[k]);
@@ -538,6 +539,18 @@ struct Task {
       for (int64_t i = first; i < end && i < job.N; ++i) to[(segment * job.E + c + lane) * job.N + i] = from[i][lane];
   }
 
+  // The task's states of channels c, to and from [kStateGroup * groups, width].
+  void load_states(const void* from, int64_t c, V* to) const {
+    for (int64_t n = task.first_group * kStates; n < task.last_group * kStates; ++n)
+      to[n] = load(static_cast<const T*>(from) + n * job.width + c);
+  }
+  void store_states(void* to, int64_t c, const V* from) const {
+    for (int64_t n = task.first_group * kStates; n < task.last_group * kStates; ++n)
+      store(static_cast<T*>(to) + n * job.width + c, from[n]);
+  }
+  int64_t last_chunk(int64_t chunks) const { return task.last_chunk < chunks ? task.last_chunk : chunks; }
+  void* kept(int64_t piece) const { return static_cast<T*>(job.kept) + piece * states * job.width; }
+
   void write_y(const Chunk& chunk, int64_t c, const Rows<T>& rows) const {
     const int n = width_of(c);
     const S* z = static_cast<const S*>(job.z);
@@ -561,9 +574,12 @@ struct Task {
     Rows<T> rows;
     for (int64_t segment = task.first_segment; segment < task.last_segment; ++segment)
       for (int64_t c = task.first_channel; c < task.last_channel; c += kLanes) {
-        read_state(job.initial, segment, c, state);
-        const int64_t chunks = num_chunks(job, segment);
-        for (int64_t i = 0; i < chunks; ++i) {
+        const int64_t chunks = num_chunks(job, segment), end = last_chunk(chunks);
+        if (task.first_chunk == 0)
+          read_state(job.initial, segment, c, state);
+        else
+          load_states(job.carried, c, state);
+        for (int64_t i = task.first_chunk; i < end; ++i) {
           const Chunk chunk = chunk_of(*this, segment, i);
           read_rows(chunk, c, rows, false);
           if (task.mode != ScanMode::kPart) start_y(chunk, c, rows);
@@ -586,7 +602,9 @@ struct Task {
           }
           if (task.mode != ScanMode::kPart) write_y(chunk, c, rows);
         }
-        if (job.last && task.mode != ScanMode::kFinish) write_state(job.last, segment, c, state);
+        if (task.mode == ScanMode::kFinish) continue;
+        if (end < chunks) store_states(job.carried, c, state);
+        if (end == chunks && job.last) write_state(job.last, segment, c, state);
       }
   }
 
@@ -615,7 +633,29 @@ struct Task {
 
   int64_t blocks() const { return (task.last_channel - task.first_channel + kLanes - 1) / kLanes; }
 
+  // Leave the states before every piece of the segment in `kept`.
+  void keep(V* scratch) const {
+    V* state = scratch;
+    T* b = reinterpret_cast<T*>(state + states);
+    memset(b, 0, sizeof(T) * kChunk * states);
+    Rows<T> rows;
+    const int64_t segment = task.first_segment, chunks = num_chunks(job, segment);
+    for (int64_t c = task.first_channel; c < task.last_channel; c += kLanes) {
+      read_state(job.initial, segment, c, state);
+      for (int64_t i = 0; i < chunks; ++i) {
+        if (i % job.piece == 0) store_states(kept(i / job.piece), c, state);
+        if (i / job.piece * job.piece + job.piece >= chunks) break;
+        const Chunk chunk = chunk_of(*this, segment, i);
+        read_rows(chunk, c, rows, false);
+        read_states(job.B, chunk, b);
+        const Ahead inputs = ahead_of(chunk_of(*this, segment, i + 1), c, job.u, job.delta, nullptr, nullptr);
+        move_pass(pass_of(rows, chunk, c, b, b, inputs, {}), task.first_group, task.last_group, state);
+      }
+    }
+  }
+
   void backward(V* scratch) const {
+    if (task.mode == ScanMode::kKeep) return keep(scratch);
     const int64_t blocks = this->blocks();
     V* at = scratch;
     const auto take = [&](int64_t count) {
@@ -631,87 +671,110 @@ struct Task {
     memset(scratch, 0, reinterpret_cast<char*>(checkpoint) - reinterpret_cast<char*>(scratch));
     const bool finish = task.mode == ScanMode::kFinish, part = task.mode == ScanMode::kPart;
     const int64_t first_state = task.first_group * kStates;
+    const auto sums_of = [&](int64_t k) { return task.tile * job.width + task.first_channel + k * kLanes; };
+    for (int64_t k = 0; k < blocks; ++k) {
+      const int64_t c = task.first_channel + k * kLanes;
+      if (!finish) load_states(static_cast<T*>(job.dA) + task.tile * states * job.width, c, rate_grad + k * states);
+      skip[k] = load(static_cast<T*>(job.dD) + sums_of(k));
+      bias[k] = load(static_cast<T*>(job.dbias) + sums_of(k));
+    }
     Rows<T> rows;
     for (int64_t segment = task.first_segment; segment < task.last_segment; ++segment) {
-      const int64_t chunks = num_chunks(job, segment);
+      const int64_t chunks = num_chunks(job, segment), last = last_chunk(chunks);
       for (int64_t k = 0; !finish && k < blocks; ++k) {
         const int64_t c = task.first_channel + k * kLanes;
-        read_state(job.grad_last, segment, c, state_grad + k * states);
-        read_state(job.initial, segment, c, checkpoint + k * states);
-        for (int64_t i = 0; i + 1 < chunks; ++i) {
-          const Chunk chunk = chunk_of(*this, segment, i);
-          read_rows(chunk, c, rows, false);
-          read_states(job.B, chunk, b);
-          V *from = checkpoint + (i * blocks + k) * states, *to = from + blocks * states;
-          for (int64_t n = first_state; n < task.last_group * kStates; ++n) to[n] = from[n];
-          const Ahead inputs = ahead_of(chunk_of(*this, segment, i + 1), c, job.u, job.delta, nullptr, nullptr);
-          move_pass(pass_of(rows, chunk, c, b, c_, inputs, {}), task.first_group, task.last_group, to);
-        }
+        if (last == chunks)
+          read_state(job.grad_last, segment, c, state_grad + k * states);
+        else
+          load_states(job.carried, c, state_grad + k * states);
       }
-      for (int64_t i = chunks - 1; i >= 0; --i) {
-        const Chunk chunk = chunk_of(*this, segment, i);
-        if (!finish) {
-          read_states(job.B, chunk, b);
-          read_states(job.C, chunk, c_);
-          memset(folded, 0, sizeof(V) * num_folded);
-        }
-        for (int64_t k = 0; k < blocks; ++k) {
+      for (int64_t end = last, begin; end > task.first_chunk; end = begin) {
+        begin = job.kept ? (end - 1) / job.piece * job.piece : 0;
+        for (int64_t k = 0; !finish && k < blocks; ++k) {
           const int64_t c = task.first_channel + k * kLanes;
-          read_rows(chunk, c, rows, true);
-          read_grads(chunk, c, rows);
-          clear(rows.fed_grad, chunk.count);
-          clear(rows.rate_grad, chunk.count);
-          if (job.z && !part) start_y(chunk, c, rows);
-          const Sums sums{state_grad + k * states, rate_grad + k * states, skip + k, bias + k};
-          if (finish) {
-            add_parts(0, chunk, c, rows.fed_grad);
-            add_parts(1, chunk, c, rows.rate_grad);
-            if (job.z) add_parts(2, chunk, c, rows.y);
-          } else {
-            const bool same = k + 1 < blocks;
-            const Chunk next = same ? chunk : i > 0 ? chunk_of(*this, segment, i - 1) : following(segment, chunks - 1);
-            const int64_t next_c = same ? c + kLanes : task.first_channel;
-            const Ahead inputs = ahead_of(next, next_c, job.u, job.delta, job.z, job.grad_y);
-            const Ahead results = ahead_of(chunk, c, job.du, job.ddelta, job.dz, nullptr);
-            const Pass<T> pass = pass_of(rows, chunk, c, b, c_, inputs, results);
-            const Back<T> back{sums.state, sums.rate, folded, rows.fed_grad, rows.rate_grad};
-            V *from = checkpoint + (i * blocks + k) * states, *y = job.z ? rows.y : nullptr;
-            for (int64_t n = first_state; n < task.last_group * kStates; ++n) state[n] = from[n];
-            if (!part) back_pass(pass, 0, job.groups, state, back, y);
-            for (int64_t g = task.first_group; part && g < task.last_group; ++g) {
-              clear(rows.fed_grad, chunk.count);
-              clear(rows.rate_grad, chunk.count);
-              clear(rows.y, chunk.count);
-              back_pass(pass, g, g + 1, state, back, y);
-              put_parts(0, g, chunk, c, rows.fed_grad);
-              put_parts(1, g, chunk, c, rows.rate_grad);
-              if (y) put_parts(2, g, chunk, c, rows.y);
-            }
+          if (job.kept)
+            load_states(kept(begin / job.piece), c, checkpoint + k * states);
+          else
+            read_state(job.initial, segment, c, checkpoint + k * states);
+          for (int64_t i = begin; i + 1 < end; ++i) {
+            const Chunk chunk = chunk_of(*this, segment, i);
+            read_rows(chunk, c, rows, false);
+            read_states(job.B, chunk, b);
+            V *from = checkpoint + ((i - begin) * blocks + k) * states, *to = from + blocks * states;
+            for (int64_t n = first_state; n < task.last_group * kStates; ++n) to[n] = from[n];
+            const Ahead inputs = ahead_of(chunk_of(*this, segment, i + 1), c, job.u, job.delta, nullptr, nullptr);
+            move_pass(pass_of(rows, chunk, c, b, c_, inputs, {}), task.first_group, task.last_group, to);
           }
-          if (!part) write_grads(chunk, c, rows, sums);
         }
-        if (finish) continue;
-        const auto unfold = [&](int64_t first, auto groups) {
-          typedef Folding<T, decltype(groups)::value> Folded;
-          for (int k = 0; k < chunk.count; ++k) {
-            const int64_t to = (task.block * job.T + Chunk::row(chunk, k)) * states + first;
-            Folded::unfold(folded + kFoldedVectors<T> * kChunk * (first / kStates) + k * Folded::vectors,
-                           static_cast<T*>(job.dB) + to, static_cast<T*>(job.dC) + to);
+        for (int64_t i = end - 1; i >= begin; --i) {
+          const Chunk chunk = chunk_of(*this, segment, i);
+          if (!finish) {
+            read_states(job.B, chunk, b);
+            read_states(job.C, chunk, c_);
+            memset(folded, 0, sizeof(V) * num_folded);
           }
-        };
-        if (!part) for_passes<kBackGroups>(0, job.groups, unfold);
-        if (part) for_passes<1>(task.first_group, task.last_group, unfold);
+          for (int64_t k = 0; k < blocks; ++k) {
+            const int64_t c = task.first_channel + k * kLanes;
+            read_rows(chunk, c, rows, true);
+            read_grads(chunk, c, rows);
+            clear(rows.fed_grad, chunk.count);
+            clear(rows.rate_grad, chunk.count);
+            if (job.z && !part) start_y(chunk, c, rows);
+            const Sums sums{state_grad + k * states, rate_grad + k * states, skip + k, bias + k};
+            if (finish) {
+              add_parts(0, chunk, c, rows.fed_grad);
+              add_parts(1, chunk, c, rows.rate_grad);
+              if (job.z) add_parts(2, chunk, c, rows.y);
+            } else {
+              const bool same = k + 1 < blocks;
+              const Chunk next = same ? chunk : i > 0 ? chunk_of(*this, segment, i - 1) : following(segment, chunks - 1);
+              const int64_t next_c = same ? c + kLanes : task.first_channel;
+              const Ahead inputs = ahead_of(next, next_c, job.u, job.delta, job.z, job.grad_y);
+              const Ahead results = ahead_of(chunk, c, job.du, job.ddelta, job.dz, nullptr);
+              const Pass<T> pass = pass_of(rows, chunk, c, b, c_, inputs, results);
+              const Back<T> back{sums.state, sums.rate, folded, rows.fed_grad, rows.rate_grad};
+              V *from = checkpoint + ((i - begin) * blocks + k) * states, *y = job.z ? rows.y : nullptr;
+              for (int64_t n = first_state; n < task.last_group * kStates; ++n) state[n] = from[n];
+              if (!part) back_pass(pass, 0, job.groups, state, back, y);
+              for (int64_t g = task.first_group; part && g < task.last_group; ++g) {
+                clear(rows.fed_grad, chunk.count);
+                clear(rows.rate_grad, chunk.count);
+                clear(rows.y, chunk.count);
+                back_pass(pass, g, g + 1, state, back, y);
+                put_parts(0, g, chunk, c, rows.fed_grad);
+                put_parts(1, g, chunk, c, rows.rate_grad);
+                if (y) put_parts(2, g, chunk, c, rows.y);
+              }
+            }
+            if (!part) write_grads(chunk, c, rows, sums);
+          }
+          if (finish) continue;
+          const auto unfold = [&](int64_t first, auto groups) {
+            typedef Folding<T, decltype(groups)::value> Folded;
+            for (int k = 0; k < chunk.count; ++k) {
+              const int64_t to = (task.block * job.rows + Chunk::row(chunk, k) - job.first_row) * states + first;
+              Folded::unfold(folded + kFoldedVectors<T> * kChunk * (first / kStates) + k * Folded::vectors,
+                             static_cast<T*>(job.dB) + to, static_cast<T*>(job.dC) + to);
+            }
+          };
+          if (!part) for_passes<kBackGroups>(0, job.groups, unfold);
+          if (part) for_passes<1>(task.first_group, task.last_group, unfold);
+        }
       }
-      for (int64_t k = 0; job.dinitial && !finish && k < blocks; ++k)
-        write_state(job.dinitial, segment, task.first_channel + k * kLanes, state_grad + k * states);
+      for (int64_t k = 0; !finish && k < blocks; ++k) {
+        const int64_t c = task.first_channel + k * kLanes;
+        if (task.first_chunk > 0)
+          store_states(job.carried, c, state_grad + k * states);
+        else if (job.dinitial)
+          write_state(job.dinitial, segment, c, state_grad + k * states);
+      }
     }
     for (int64_t k = 0; k < blocks; ++k) {
       const int64_t c = task.first_channel + k * kLanes;
-      for (int64_t n = first_state; !finish && n < task.last_group * kStates; ++n)
-        store(static_cast<T*>(job.dA) + (task.tile * states + n) * job.width + c, rate_grad[k * states + n]);
+      if (!finish) store_states(static_cast<T*>(job.dA) + task.tile * states * job.width, c, rate_grad + k * states);
       if (part) continue;
-      store(static_cast<T*>(job.dD) + task.tile * job.width + c, skip[k]);
-      store(static_cast<T*>(job.dbias) + task.tile * job.width + c, bias[k]);
+      store(static_cast<T*>(job.dD) + sums_of(k), skip[k]);
+      store(static_cast<T*>(job.dbias) + sums_of(k), bias[k]);
     }
   }
 
@@ -719,9 +782,10 @@ struct Task {
   int64_t scratch(bool back) const {
     const int64_t scalars = (kChunk * states + kLanes - 1) / kLanes;
     if (!back) return states + 2 * scalars;
-    int64_t longest = 1;
+    int64_t longest = 1;  // piece
     for (int64_t s = task.first_segment; task.mode != ScanMode::kFinish && s < task.last_segment; ++s)
       longest = num_chunks(job, s) > longest ? num_chunks(job, s) : longest;
+    if (job.kept && job.piece < longest) longest = job.piece;
     const int64_t folded = kFoldedVectors<T> * kChunk * job.groups;
     return states + folded + blocks() * (2 * states + 2) + 2 * scalars + longest * blocks() * states;
   }
