@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from geo.datasets.cache import DamagedFileError
+    from geo.datasets.cycle_counting import CycleCounting, count_cycles
     from geo.datasets.digit_points import DigitPoints
     from geo.datasets.force_field import ForceField
     from geo.datasets.graph6 import Graph6
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from geo.datasets.xtb_trajectory import XTBTrajectory
 
 _HOME = {
+    "CycleCounting": "cycle_counting",
     "DamagedFileError": "cache",
     "DigitPoints": "digit_points",
     "ForceField": "force_field",
@@ -34,10 +36,12 @@ _HOME = {
     "MoleculeDataset": "molecules",
     "NBody": "nbody",
     "XTBTrajectory": "xtb_trajectory",
+    "count_cycles": "cycle_counting",
     "energy_shift": "molecules",
 }
 
 __all__ = [
+    "CycleCounting",
     "DamagedFileError",
     "DigitPoints",
     "ForceField",
@@ -47,6 +51,7 @@ __all__ = [
     "MoleculeDataset",
     "NBody",
     "XTBTrajectory",
+    "count_cycles",
     "energy_shift",
 ]
 
