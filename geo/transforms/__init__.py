@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from geo.transforms.add_laplacian_spectrum import AddLaplacianSpectrum
 from geo.transforms.add_radius_graph import AddRadiusGraph
 from geo.transforms.add_walk_tokens import AddWalkTokens, WalkTokenData
 from geo.transforms.lift_to_position_orientation import LiftToPositionOrientation
 
-__all__ = ["AddRadiusGraph", "AddWalkTokens", "LiftToPositionOrientation", "WalkTokenData"]
+__all__ = ["AddLaplacianSpectrum", "AddRadiusGraph", "AddWalkTokens", "LiftToPositionOrientation", "WalkTokenData"]
