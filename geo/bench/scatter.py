@@ -10,26 +10,21 @@ allocator), both being chosen when a process starts.
 from __future__ import annotations
 
 import argparse
-import datetime
 import importlib
-import itertools
-import json
-import os
 import statistics
-import subprocess
 import sys
 import time
 import types
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from geo import ops
-from geo.bench import interleave, machine, table
+from geo.bench import interleave, table
+from geo.bench.settings import add_settings, run_settings
 from geo.ops.segment import Reduce
 
 OPS = ("sum", "mean", "max", "softmax", "logsumexp")
@@ -75,47 +70,9 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--features", type=int, nargs="+", help="widths")
     parser.add_argument("--orders", nargs="+", choices=["sorted", "unsorted"], default=["sorted", "unsorted"])
     parser.add_argument("--degrees", nargs="+", choices=["uniform", "power-law"], default=["uniform", "power-law"])
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--malloc", choices=["default", "tuned", "both"], default="default")
-    parser.add_argument("--seconds", type=float, default=1.5, help="for the timing of one line of the grid, about")
-    parser.add_argument("--rounds", type=int, default=5, help="turns of each candidate")
-    parser.add_argument(
-        "--clock", choices=["wall", "cpu"], default="wall", help="cpu: with --threads 1 on a busy machine"
-    )
+    add_settings(parser, 1.5, "for the timing of one line of the grid, about")
     parser.add_argument("--quick", action="store_true", help="the smallest part of the grid")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--out", type=Path, help="write the page to this file, too")
-    parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
-    args = parser.parse_args(argv)
-    if args.here:
-        torch.set_num_threads(args.threads[0])
-        print(json.dumps({"machine": machine(args.device), "rows": list(measure(args))}))
-        return 0
-    from geo.bench.se_conv import TUNED  # not in the process that measures: it imports more than is timed there
-
-    clock = args.clock if args.device == "cpu" else "GPU"
-    parts = [f"## scatter, {datetime.date.today().isoformat()}", INTRODUCTION.format(clock)]
-    print("\n\n".join(parts), flush=True)
-    allocators: dict[str, dict[str, str]] = {}
-    if args.malloc != "tuned" or args.device == "cuda":
-        allocators["default allocator"] = {}
-    if args.malloc != "default" and args.device == "cpu":
-        allocators[f"GLIBC_TUNABLES={TUNED}"] = {"GLIBC_TUNABLES": TUNED}
-    all_threads = args.threads if args.device == "cpu" else args.threads[:1]
-    status = 0
-    for threads, (allocator, env) in itertools.product(all_threads, allocators.items()):
-        command = [sys.executable, "-m", "geo", "bench", "scatter", *argv, "--threads", str(threads), "--here"]
-        done = subprocess.run(command, env={**os.environ, **env}, stdout=subprocess.PIPE, text=True, check=False)
-        if done.returncode:
-            status = 1
-            body = "failed"
-        else:
-            body = page(json.loads(done.stdout.splitlines()[-1]), tuned=bool(env))
-        parts.append(f"### {allocator}\n\n{body}")
-        print(f"\n{parts[-1]}", flush=True)
-        if args.out is not None:
-            args.out.write_text("\n\n".join(parts) + "\n")
-    return status
+    return run_settings("scatter", argv, parser.parse_args(argv), INTRODUCTION, measure, page)
 
 
 # -- the page ----------------------------------------------------------------------------------------------------------

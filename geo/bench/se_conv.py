@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 
 from geo.bench import Timing, interleave, machine, peak_extra_memory, table
+from geo.bench.settings import TUNED
 from geo.nn import PoniConv
 from geo.ops import SegmentPlan, gather_mul_segment_sum
 from geo.testing import assert_close
 
-TUNED = "glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=8589934592"
 TARGETS = {  # what the ratios to the composed computation should reach, with the default allocator
     "gather_mul_segment_sum forward": 12.0,
     "gather_mul_segment_sum forward + backward": 4.0,

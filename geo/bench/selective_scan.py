@@ -9,24 +9,20 @@ one process per setting (threads, allocator), both being chosen when a process s
 from __future__ import annotations
 
 import argparse
-import datetime
 import importlib
 import itertools
-import json
-import os
-import subprocess
 import sys
 import types
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from geo import ops
-from geo.bench import interleave, machine, peak_extra_memory, table
+from geo.bench import interleave, peak_extra_memory, table
+from geo.bench.settings import add_settings, run_settings
 
 STATES = 16
 TOLERANCE = 1e-4
@@ -89,47 +85,9 @@ def main(argv: Sequence[str]) -> int:
     """Run the benchmark in each setting and print a page of tables."""
     parser = argparse.ArgumentParser(prog="python -m geo bench selective_scan", description=__doc__.partition("\n")[0])
     parser.add_argument("--cases", type=int, nargs="+", help=f"which of {[case.name for case in cases()]}, from 0")
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--malloc", choices=["default", "tuned", "both"], default="default")
-    parser.add_argument("--seconds", type=float, default=3.0, help="after which a candidate is timed no further, about")
-    parser.add_argument("--rounds", type=int, default=5, help="turns of each candidate")
-    parser.add_argument(
-        "--clock", choices=["wall", "cpu"], default="wall", help="cpu: with --threads 1 on a busy machine"
-    )
+    add_settings(parser, 3.0, "after which a candidate is timed no further, about")
     parser.add_argument("--quick", action="store_true", help="the smallest case alone")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--out", type=Path, help="write the page to this file, too")
-    parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
-    args = parser.parse_args(argv)
-    if args.here:
-        torch.set_num_threads(args.threads[0])
-        print(json.dumps({"machine": machine(args.device), "rows": list(measure(args))}))
-        return 0
-    from geo.bench.se_conv import TUNED  # not in the process that measures: it imports more than is timed there
-
-    clock = args.clock if args.device == "cpu" else "GPU"
-    parts = [f"## selective_scan, {datetime.date.today().isoformat()}", INTRODUCTION.format(clock)]
-    print("\n\n".join(parts), flush=True)
-    allocators: dict[str, dict[str, str]] = {}
-    if args.malloc != "tuned" or args.device == "cuda":
-        allocators["default allocator"] = {}
-    if args.malloc != "default" and args.device == "cpu":
-        allocators[f"GLIBC_TUNABLES={TUNED}"] = {"GLIBC_TUNABLES": TUNED}
-    all_threads = args.threads if args.device == "cpu" else args.threads[:1]
-    status = 0
-    for threads, (allocator, env) in itertools.product(all_threads, allocators.items()):
-        command = [sys.executable, "-m", "geo", "bench", "selective_scan", *argv, "--threads", str(threads), "--here"]
-        done = subprocess.run(command, env={**os.environ, **env}, stdout=subprocess.PIPE, text=True, check=False)
-        if done.returncode:
-            status = 1
-            body = "failed"
-        else:
-            body = page(json.loads(done.stdout.splitlines()[-1]))
-        parts.append(f"### {allocator}\n\n{body}")
-        print(f"\n{parts[-1]}", flush=True)
-        if args.out is not None:
-            args.out.write_text("\n\n".join(parts) + "\n")
-    return status
+    return run_settings("selective_scan", argv, parser.parse_args(argv), INTRODUCTION, measure, page)
 
 
 # -- the page ----------------------------------------------------------------------------------------------------------
@@ -142,7 +100,7 @@ def target(peer: str, backward: bool, longest: int) -> float | None:
     return 2.0 if peer == "mamba_ssm" else None
 
 
-def page(result: dict[str, Any]) -> str:
+def page(result: dict[str, Any], tuned: bool) -> str:
     """Markdown of one setting's results."""
     rows = [["sequences", "pass", "ours", "peer", "time", "x", "target", "bytes/token", "peer's"]]
     reached, stated = 0, 0
