@@ -320,7 +320,7 @@ def small_scans(monkeypatch):
 def test_selective_scan_prints_a_page_of_ratios(small_scans, capsys):
     assert small_scans.main(["--here", "--threads", "1", "--seconds", "0", "--rounds", "1"]) == 0
     result = json.loads(capsys.readouterr().out)
-    lines = small_scans.page(result).splitlines()
+    lines = small_scans.page(result, False).splitlines()
     rows = [[c.strip() for c in line.split("|")[1:-1]] for line in lines if line.startswith("|")][2:]
     assert len(rows) == 2 * 2 * 3  # cases, passes, peers
     assert [row[3] for row in rows[:3]] == ["mambapy", "reference loop", "eager loop"]
