@@ -17,42 +17,52 @@ if TYPE_CHECKING:
     from geo.datasets.cache import DamagedFileError
     from geo.datasets.cycle_counting import CycleCounting, count_cycles
     from geo.datasets.digit_points import DigitPoints
+    from geo.datasets.enumerated_molecules import EnumeratedMolecules, penalized_logp
     from geo.datasets.force_field import ForceField
     from geo.datasets.graph6 import Graph6
     from geo.datasets.minesweeper import Minesweeper
     from geo.datasets.modelnet10_points import ModelNet10Points
     from geo.datasets.molecules import MoleculeDataset, energy_shift
     from geo.datasets.nbody import NBody
+    from geo.datasets.smiles_table import SmilesTable, molecule_graph
     from geo.datasets.xtb_trajectory import XTBTrajectory
 
 _HOME = {
     "CycleCounting": "cycle_counting",
     "DamagedFileError": "cache",
     "DigitPoints": "digit_points",
+    "EnumeratedMolecules": "enumerated_molecules",
     "ForceField": "force_field",
     "Graph6": "graph6",
     "Minesweeper": "minesweeper",
     "ModelNet10Points": "modelnet10_points",
     "MoleculeDataset": "molecules",
     "NBody": "nbody",
+    "SmilesTable": "smiles_table",
     "XTBTrajectory": "xtb_trajectory",
     "count_cycles": "cycle_counting",
     "energy_shift": "molecules",
+    "molecule_graph": "smiles_table",
+    "penalized_logp": "enumerated_molecules",
 }
 
 __all__ = [
     "CycleCounting",
     "DamagedFileError",
     "DigitPoints",
+    "EnumeratedMolecules",
     "ForceField",
     "Graph6",
     "Minesweeper",
     "ModelNet10Points",
     "MoleculeDataset",
     "NBody",
+    "SmilesTable",
     "XTBTrajectory",
     "count_cycles",
     "energy_shift",
+    "molecule_graph",
+    "penalized_logp",
 ]
 
 
