@@ -73,6 +73,7 @@ from geo.ops.segment_softmax import (
     segment_std_reference,
 )
 from geo.ops.selective_scan import selective_scan, selective_scan_reference
+from geo.ops.spectral_filter import spectral_filter, spectral_filter_reference
 from geo.ops.walk_tokens import walk_adjacency, walk_adjacency_reference, walk_tokens, walk_tokens_reference
 
 _native.load()
@@ -147,6 +148,8 @@ __all__ = [
     "selective_scan",
     "selective_scan_reference",
     "sort_by_index",
+    "spectral_filter",
+    "spectral_filter_reference",
     "unpack_irreps",
     "unpack_irreps_reference",
     "walk_adjacency",

@@ -21,6 +21,7 @@ from geo.nn.orientation_grid import FrameGrid, OrientationGrid
 from geo.nn.ponita import PONITA
 from geo.nn.se_conv import ConvNeXtBlock, PointConv, PoniConv
 from geo.nn.sign_net import EigenvectorPE, SignNet
+from geo.nn.spe import SPE
 from geo.nn.spectrum import pad_spectrum
 from geo.nn.tensor_product_conv import TensorProductConv
 from geo.nn.token_encoder import MPNNTokenEncoder, RWFTokenEncoder
@@ -74,6 +75,7 @@ __all__ = [
     "RWFTokenEncoder",
     "SE2Conv",
     "SE3Conv",
+    "SPE",
     "SelectiveSSM",
     "SignNet",
     "SoftmaxAggregation",
