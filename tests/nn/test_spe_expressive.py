@@ -265,7 +265,9 @@ def test_sign_net_tells_a_graph_from_itself():
     assert again.min() > 10 * TOLERANCE
 
 
-@pytest.mark.parametrize("name", ["sr25", "BREC str", "BREC 4vtx", "BREC dr"])
+@pytest.mark.parametrize(
+    "name", ["sr25", *(pytest.param(f"BREC {part}", marks=pytest.mark.slow) for part in ("str", "4vtx", "dr"))]
+)
 def test_strongly_and_distance_regular_pairs_are_not_told_apart(geo_data, name):
     """Spectral invariants and marked nodes stay below 2-FWL, which sees no difference in these."""
     graphs, pairs = load(geo_data, name)
