@@ -63,9 +63,9 @@ demo: install
 .PHONY: test test-all
 test: install
 	$(BIN)/python -m geo
-	$(BIN)/python -m pytest -m "not slow"
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n logical --dist worksteal -m "not slow"
 test-all: install
-	$(BIN)/python -m pytest
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n logical --dist worksteal
 
 .PHONY: lint
 lint: install

@@ -9,6 +9,9 @@ os.environ.setdefault("MPLBACKEND", "agg")
 import pytest
 import torch
 
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):  # processes side by side share the cores
+    torch.set_num_threads(max(1, torch.get_num_threads() // workers))
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if torch.cuda.is_available():
