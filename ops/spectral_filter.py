@@ -307,11 +307,14 @@ def _all_pairs(eigvecs: Tensor, filters: Tensor, order: NodeOrder, tile: int) ->
 
 
 def _tiles(fn: Callable[[Tensor], Tensor], order: NodeOrder, tile: int, device: torch.device) -> Iterator[Tile]:
+    tables: dict[int, _Table] = {}
     for first, stop in groups(order.sizes, lambda n: n * (n + 1) // 2, tile):
         size, begin, graphs = order.sizes[stop - 1], order.first[first], slice(first, stop)
         if stop - first > 1 or size * (size + 1) // 2 <= tile:
             nodes = slice(begin, order.first[stop])
-            yield Tile((nodes, graphs), (nodes,), _Triangles(fn, order.sizes[first:stop], device))
+            if size not in tables:
+                tables[size] = _Table.of(size, device)
+            yield Tile((nodes, graphs), (nodes,), _Triangles(fn, order.sizes[first:stop], tables[size], device))
             continue
         height = min(STRIP, math.isqrt(tile))
         width = tile // height
@@ -339,43 +342,50 @@ class _Rectangle:
         return torch.cat([values.sum(1), below.sum(0)])
 
 
+class _Table(NamedTuple):
+    """The pairs i <= j of n nodes in the order of their places j (j + 1) / 2 + i, which do not depend on n."""
+
+    low: Tensor  # [n (n + 1) / 2]
+    high: Tensor
+    place: Tensor  # of all pairs [n * n]
+    ptr: Tensor  # the pairs at each place, as csr_from_index gives them
+    perm: Tensor
+
+    @classmethod
+    def of(cls, size: int, device: torch.device) -> _Table:
+        """For n nodes."""
+        high, low = torch.tril_indices(size, size, device=device)
+        local = torch.arange(size, device=device)
+        j, i = torch.maximum(local, local.unsqueeze(1)), torch.minimum(local, local.unsqueeze(1))
+        place = (j * (j + 1) // 2 + i).flatten()
+        return cls(low, high, place, *torch.ops.geo.csr_from_index(place, high.size(0)))
+
+
 class _Triangles:
-    """The pairs i <= j of some whole graphs, each value for its row and for its column.
+    """The pairs i <= j of some whole graphs, each value for its row and for its column."""
 
-    Pair (i, j) stands at j (j + 1) / 2 + i, wherever the graph ends; what lies behind its end is left out of the sum.
-    """
-
-    def __init__(self, fn: Callable[[Tensor], Tensor], sizes: Sequence[int], device: torch.device) -> None:
-        self.fn, self.padding = fn, Padding.of(sizes, device)
-        width, count = sizes[-1], torch.tensor(sizes, device=device)
-        self.high, self.low = torch.tril_indices(width, width, device=device)
-        local = torch.arange(width, device=device)
-        high, low = torch.maximum(local, local.unsqueeze(1)), torch.minimum(local, local.unsqueeze(1))
-        place = high * (high + 1) // 2 + low  # [n, n]
-        graph = torch.arange(len(sizes), device=device).view(-1, 1, 1) * self.high.size(0)
-        real = local < count.unsqueeze(1)
-        real = real.unsqueeze(1) & real.unsqueeze(2)
-        self.source = (place + graph)[real]  # the pairs of a node, node by node
-        per_node = count.repeat_interleave(count, output_size=sum(sizes))
-        self.ptr = torch.cat([per_node.new_zeros(1), per_node.cumsum(0)])
-        self.target = torch.arange(sum(sizes), device=device).repeat_interleave(per_node, output_size=len(self.source))
-        # the two places of a pair among them, pair by pair: what the gradient of the sum reads
-        entry = (count.square().cumsum(0) - count.square()).view(-1, 1, 1)
-        stride = count.view(-1, 1)
-        above = entry.view(-1, 1) + self.low * stride + self.high
-        below = entry.view(-1, 1) + self.high * stride + self.low
-        inside = self.high < stride
-        both = torch.stack([inside, inside & (self.high != self.low)], dim=2)
-        self.t_perm = torch.stack([above, below], dim=2)[both]
-        per_pair = both.sum(2).flatten()
-        self.t_ptr = torch.cat([per_pair.new_zeros(1), per_pair.cumsum(0)])
+    def __init__(
+        self, fn: Callable[[Tensor], Tensor], sizes: Sequence[int], table: _Table, device: torch.device
+    ) -> None:
+        self.fn, self.table, self.padding = fn, table, Padding.of(sizes, device)
+        graph, num_pairs = torch.arange(len(sizes), device=device).unsqueeze(1), table.low.size(0)
+        width, all_pairs = sizes[-1], table.place.size(0)
+        self.place = (table.place + graph * num_pairs).flatten()
+        self.ptr = torch.arange(0, len(sizes) * all_pairs + 1, width, device=device)
+        self.node = torch.arange(len(sizes) * width, device=device).repeat_interleave(width)
+        real = torch.arange(width, device=device) < torch.tensor(sizes, device=device).unsqueeze(1)
+        self.real = (real.unsqueeze(2) & real.unsqueeze(1)).view(-1, 1)
 
     def __call__(self, eigvecs: Tensor, filters: Tensor) -> Tensor:
         v = self.padding.fill(eigvecs)
-        products = v.index_select(1, self.low) * v.index_select(1, self.high)
+        products = v.index_select(1, self.table.low) * v.index_select(1, self.table.high)
         values = self.fn(torch.bmm(products, filters).flatten(0, 1))
-        ones = values.new_ones(self.source.size(0), 1)
-        out: Tensor = torch.ops.geo.gather_mul_segment_sum(
-            values, ones, self.source, self.target, self.ptr, None, self.t_ptr, self.t_perm
+        t_ptr = t_perm = None
+        if torch.is_grad_enabled():
+            graph = torch.arange(len(v), device=v.device).unsqueeze(1) * self.table.place.size(0)
+            t_ptr = torch.cat([(self.table.ptr[:-1] + graph).flatten(), self.ptr[-1:]])
+            t_perm = (self.table.perm + graph).flatten()
+        total: Tensor = torch.ops.geo.gather_mul_segment_sum(
+            values, self.real.to(values.dtype), self.place, self.node, self.ptr, None, t_ptr, t_perm
         )
-        return out
+        return self.padding.take(total.view(*v.shape[:2], -1))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from geo.nn.spe_phi import DeepSetsFilter, MLPFilter, SplineFilter
 from geo.nn.spe_rho import NORMS, PairNetwork
-from geo.ops import spectral_filter
+from geo.ops import bounds, spectral_filter
 
 _PHI = ("mlp", "deepsets", "spline")
 _RHO = ("gin", "mlp", "deepsets")
@@ -85,8 +85,9 @@ class SPE(nn.Module):
         0. A graph's output does not depend on its batch, but with ``'batch_norm'`` in training.
 
     Raises:
-        ValueError: An unknown option, inputs that do not fit together or require grad, or a cut spectrum where
-            ``lipschitz`` is given without ``taper``.
+        ValueError: An unknown option, inputs that do not fit together or require grad, an edge between two graphs, or
+            a cut spectrum where ``lipschitz`` is given without ``taper``.
+        IndexError: An edge to a node that is not there.
 
     Example:
         >>> import torch
@@ -224,6 +225,7 @@ class SPE(nn.Module):
         if edge_weight is not None and edge_weight.shape != edge_index.shape[1:]:
             raise ValueError(f"edge_weight has shape {tuple(edge_weight.shape)}, but must be ({edge_index.size(1)},)")
         eigvecs, filters, ptr = self._filters(eigvals, eigvecs, batch, eig_mask)
+        _check_edges(edge_index, ptr)
         if isinstance(self.rho, PairNetwork):
             positions: Tensor = _run(self.rho, eigvecs, filters, ptr, edge_index, edge_weight)
             return positions
@@ -320,6 +322,17 @@ def _first_nodes(batch: Tensor | None, eigvecs: Tensor, num_graphs: int) -> Tens
             f"batch goes from {int(batch[0])} to {int(batch[-1])}, but eigvals has {num_graphs} rows, one a graph"
         )
     return torch.searchsorted(batch, torch.arange(num_graphs + 1, device=batch.device))
+
+
+@torch.compiler.disable
+def _check_edges(edge_index: Tensor, ptr: Tensor) -> None:
+    num_nodes = int(ptr[-1])
+    for end in (0, 1):
+        bounds.check_index("SPE", f"edge_index[{end}]", edge_index[end], num_nodes)
+    source, target = torch.searchsorted(ptr, edge_index, right=True)
+    if bool((crossing := source != target).any()):
+        i, j = edge_index[:, int(crossing.to(torch.uint8).argmax())].tolist()
+        raise ValueError(f"edge_index joins nodes {i} and {j} of two graphs, but an edge lies inside one")
 
 
 @torch.compiler.disable

@@ -31,7 +31,7 @@ class MLP(nn.Module):
     def forward(self, x: Tensor, real: Tensor | None = None) -> Tensor:
         """[..., F] to [..., F']; ``real`` [...] marks the rows that a batch norm reads."""
         for i, linear in enumerate(self.linears):
-            x = linear(x)
+            x = _linear(linear, x)
             if i < len(self.norms):
                 norm = self.norms[i]
                 if isinstance(norm, nn.BatchNorm1d):
@@ -40,6 +40,13 @@ class MLP(nn.Module):
                     x = norm(x)
                 x = x.relu_() if self.in_place else self.act(x)
         return x
+
+
+def _linear(linear: nn.Module, x: Tensor) -> Tensor:
+    if x.is_cpu and isinstance(linear, nn.Linear):  # there the bias is cheaper added than laid out beforehand
+        return torch.matmul(x, linear.weight.t()).add_(linear.bias)
+    out: Tensor = linear(x)
+    return out
 
 
 def _batch_norm(norm: nn.BatchNorm1d, x: Tensor, real: Tensor | None) -> Tensor:
@@ -128,7 +135,7 @@ class ColumnSum(nn.Module):
         limit = self.num_columns if sampled and self.num_columns is not None else max(order.sizes, default=0)
         rows = self.tile or max(1, TILE_ROWS.get(device.type, TILE_ROWS["cuda"]) // self.network.width)
         if self.together:
-            rows = sum(order.sizes) * limit
+            rows = len(order.sizes) * max(order.sizes, default=0) * limit
         for first, stop in groups(order.sizes, lambda n: n * min(n, limit), rows):
             nodes = slice(order.first[first], order.first[stop])
             edges = slice(*(int(edge_ptr[i]) for i in (nodes.start, nodes.stop)))
