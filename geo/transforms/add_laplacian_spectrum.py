@@ -123,10 +123,13 @@ def laplacian_matrix(graph: WeightedGraph, normalize: bool, phase: Array | None 
     degree = np.bincount(ends, weights=np.concatenate([graph.weight, graph.weight]), minlength=graph.num_nodes)
     entry = -graph.weight if phase is None else -graph.weight * phase
     if not normalize:
-        return HermitianMatrix(degree, graph.source, graph.target, entry, 2 * float(degree.max(initial=0.0)))
+        norm = 2 * float(degree.max(initial=0.0))
+        kernel = np.ones(graph.num_nodes) if phase is None else None
+        return HermitianMatrix(degree, graph.source, graph.target, entry, norm, kernel)
     root = np.sqrt(degree)
     entry = entry / (root[graph.source] * root[graph.target])
-    return HermitianMatrix((degree > 0).astype(np.float64), graph.source, graph.target, entry, 2.0)
+    kernel = np.where(degree > 0, root, 1.0) if phase is None else None
+    return HermitianMatrix((degree > 0).astype(np.float64), graph.source, graph.target, entry, 2.0, kernel)
 
 
 def spectrum_arrays(spectra: Sequence[Spectrum]) -> Arrays:
@@ -154,15 +157,8 @@ def cached_spectra(matrices: Sequence[HermitianMatrix], cut: Cut, cache_dir: Pat
     """The spectra of matrices, read from a file named by their content and by ``cut`` if there is one."""
     if cache_dir is None or not matrices:
         return solve_spectra(matrices, cut)
-    content = digest(
-        {
-            f"{at}.{name}": array
-            for at, m in enumerate(matrices)
-            for name, array in m._asdict().items()
-            if name != "norm"
-        },
-        {},
-    )
+    names = ("diagonal", "i", "j", "entry")
+    content = digest({f"{at}.{name}": getattr(m, name) for at, m in enumerate(matrices) for name in names}, {})
     settings = {**cut.settings, "matrices": content, "format": _FORMAT}
     path = cache_dir / f"spectrum-{settings_key(settings)}.npz"
     if path.is_file():
@@ -192,9 +188,9 @@ class AddLaplacianSpectrum(BaseTransform):  # type: ignore[misc]
     several dimensions the basis stays arbitrary.
 
     Graphs of up to ``dense_nodes`` nodes are decomposed as dense matrices, in stacks of equal size. A larger graph is
-    split into components, and each is solved by shift-invert Lanczos if a bound of the fill of its factor, known before
-    factoring, stays below ``max_fill_bytes``, otherwise by Chebyshev-filtered subspace iteration, which needs products
-    with :math:`L` only. Every eigenpair is checked by its residual, and a second solve in the complement of those found
+    split into components, and each is solved by shift-invert block Lanczos if a bound of the fill of its factor, known
+    before factoring, stays below ``max_fill_bytes``, otherwise by Chebyshev-filtered subspace iteration, which needs
+    products with :math:`L` only. Every eigenpair is checked by its residual, and a second solve in the complement of those found
     looks for missed ones.
 
     No gradient goes through an eigendecomposition: weights that require grad are refused.
@@ -202,7 +198,7 @@ class AddLaplacianSpectrum(BaseTransform):  # type: ignore[misc]
     Args:
         k: Keep the k lowest eigenpairs; None keeps all. Smaller graphs keep all they have. (default: ``None``)
         normalization: ``'sym'`` for :math:`I - D^{-1/2} A D^{-1/2}`, None for :math:`D - A`. (default: ``'sym'``)
-        cutoff: Keep eigenvalues up to this one, instead of a number of them. (default: ``None``)
+        cutoff: Keep eigenvalues up to this one, to within ``tol``, instead of a number of them. (default: ``None``)
         snap: What to do with an eigenspace that the cut would split: ``'up'`` keeps all of it, ``'down'`` none of it,
             None splits it and warns once. (default: ``'up'``)
         tol: Neighbouring eigenvalues that differ by no more belong to one eigenspace. (default: ``1e-6``)

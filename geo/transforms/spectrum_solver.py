@@ -25,6 +25,7 @@ class HermitianMatrix(NamedTuple):
     j: Array
     entry: Array
     norm: float  # an upper bound of the largest eigenvalue
+    kernel: Array | None  # on each component the eigenvector of eigenvalue 0, where it is known to have one
 
 
 class Spectrum(NamedTuple):
@@ -41,7 +42,7 @@ class Cut:
 
     Args:
         k: The lowest k of them; None for all.
-        cutoff: Those with eigenvalues up to this one, instead of k.
+        cutoff: Those with eigenvalues up to this one, to within ``tol``, instead of k.
         snap: What to do with an eigenspace that the cut would split: ``'up'`` keeps it, ``'down'`` drops it, None
             splits it.
         tol: Neighbouring eigenvalues that differ by no more belong to one eigenspace.
@@ -91,7 +92,7 @@ class Cut:
         """
         known = len(eigvals)
         if self.cutoff is not None:
-            kept = int(np.searchsorted(eigvals, self.cutoff, side="right"))
+            kept = int(np.searchsorted(eigvals, self.cutoff + self.tol, side="right"))
         else:
             kept = num_nodes if self.k is None else min(self.k, num_nodes)
         step = {"up": 1, "down": -1, None: 0}[self.snap]
@@ -127,7 +128,8 @@ def fix_phases(eigvecs: Array) -> Array:
     size = np.abs(eigvecs)
     first = (size >= size.max(axis=0) * (1 - _TIE)).argmax(axis=0)[None]
     pivot = np.take_along_axis(eigvecs, first, axis=0)
-    return eigvecs * (pivot.conj() / np.abs(pivot))
+    fixed: Array = eigvecs * (pivot.conj() / np.abs(pivot))
+    return fixed
 
 
 def check_residuals(residual: Array, norm: float, method: str) -> None:
@@ -157,7 +159,12 @@ def solve_spectra(matrices: Sequence[HermitianMatrix], cut: Cut) -> list[Spectru
     dense = defaultdict(list)
     for place, matrix in enumerate(matrices):
         num_nodes = matrix.diagonal.size
-        dense[num_nodes, matrix.entry.dtype].append(place)
+        if num_nodes <= cut.dense_nodes or (cut.k is None and cut.cutoff is None) or 4 * (cut.k or 0) >= num_nodes:
+            dense[num_nodes, matrix.entry.dtype].append(place)
+        else:
+            from geo.transforms.sparse_spectrum import solve_sparse
+
+            found[place] = solve_sparse(matrix, cut)
     for (num_nodes, dtype), places in dense.items():
         size = num_nodes**2 * dtype.itemsize
         cut.require_bytes(3 * size if num_nodes > cut.dense_nodes else 0, f"dense matrices of {num_nodes} nodes")
