@@ -65,7 +65,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "layers": 3,
         "channels": 8,
         "phi": (3, 16),
-        "norm": "layer_norm",
         "epochs": 30,
         "lr": 3e-3,
     },
@@ -77,7 +76,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "layers": 4,
         "channels": 8,
         "phi": (4, 80),
-        "norm": "batch_norm",
         "epochs": 600,
         "lr": 1e-3,
     },
@@ -177,9 +175,8 @@ def main(argv: list[str] | None = None) -> list[list[object]]:
         "--models", default="all", help=f"all, or of {', '.join(MODELS)} with commas (default: %(default)s)"
     )
     parser.add_argument("--seeds", type=int, default=1, help="runs of each, with other weights (default: %(default)s)")
-    norms = ", ".join(f"{name} {preset['norm']}" for name, preset in PRESETS.items())
     parser.add_argument(
-        "--norm", choices=["layer_norm", "batch_norm"], default=None, help=f"(default: the preset's: {norms})"
+        "--norm", choices=["layer_norm", "batch_norm"], default="batch_norm", help="(default: %(default)s)"
     )
     parser.add_argument("--walk-length", type=int, default=16, help="steps of random walks (default: %(default)s)")
     group = parser.add_argument_group("the preset's, unless given")
@@ -198,7 +195,7 @@ def main(argv: list[str] | None = None) -> list[list[object]]:
     if unknown := [name for name in names if name not in MODELS]:
         parser.error(f"--models must be of {', '.join(MODELS)}; got {', '.join(unknown)}")
     preset = PRESETS[args.preset]
-    for name in ("train", "held", "hidden", "layers", "norm", "lr"):
+    for name in ("train", "held", "hidden", "layers", "lr"):
         if getattr(args, name) is None:
             setattr(args, name, preset[name])
     args.max_nodes = max(nodes for nodes, _ in preset["sizes"])

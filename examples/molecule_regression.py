@@ -64,7 +64,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "width": {"spe": 64, "signnet": 64, "rwpe": 70, "none": 71},
         "spe": {"out_channels": 32, "num_channels": 8, "rho_hidden": 32, "rho_layers": 3},
         "signnet": {"out_channels": 32, "phi_hidden": 32, "phi_layers": 3, "mlp_layers": 3, "rho_hidden": 32},
-        "norm": "layer_norm",
         "epochs": 30,
         "lr": 2e-3,
     },
@@ -81,7 +80,6 @@ PRESETS: dict[str, dict[str, Any]] = {
             "rho_layers": 8,
             "use_eigvals": False,
         },
-        "norm": "batch_norm",
         "epochs": 1000,
         "lr": 1e-3,
     },
@@ -107,7 +105,6 @@ PRESETS: dict[str, dict[str, Any]] = {
             "rho_layers": 8,
             "use_eigvals": False,
         },
-        "norm": "batch_norm",
         "epochs": 1000,
         "lr": 1e-3,
     },
@@ -271,9 +268,8 @@ def main(argv: list[str] | None = None) -> list[list[object]]:
     parser.add_argument("--train", type=int, default=None, help="use only so many molecules to train on")
     parser.add_argument("--held", type=int, default=None, help="so many to validate on, and as many to test on")
     parser.add_argument("--data-seed", type=int, default=0, help="seed of molecules and splits (default: %(default)s)")
-    norms = ", ".join(f"{name} {preset['norm']}" for name, preset in PRESETS.items())
     parser.add_argument(
-        "--norm", choices=["layer_norm", "batch_norm"], default=None, help=f"(default: the preset's: {norms})"
+        "--norm", choices=["layer_norm", "batch_norm"], default="batch_norm", help="(default: %(default)s)"
     )
     parser.add_argument("--walk-length", type=int, default=20, help="steps of random walks (default: %(default)s)")
     budget = ", ".join(f"{name} {preset['epochs']}" for name, preset in PRESETS.items())
@@ -287,7 +283,6 @@ def main(argv: list[str] | None = None) -> list[list[object]]:
         parser.error(f"--table {args.table} does not fit --data {args.data}")
     preset = PRESETS[args.preset]
     args.lr = preset["lr"] if args.lr is None else args.lr
-    args.norm = args.norm or preset["norm"]
     start(args)
 
     parts = load(args)
