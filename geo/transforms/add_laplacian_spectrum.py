@@ -32,12 +32,13 @@ class WeightedGraph(NamedTuple):
     weight: Array
 
 
-def read_edges(data: Any, weight_name: str | None) -> WeightedGraph:
-    """The directed edges of a graph: checked, loops removed, repetitions averaged.
+def read_edges(data: Any, weight_name: str | None, loops: bool = False) -> WeightedGraph:
+    """The directed edges of a graph: checked, repetitions averaged.
 
     Args:
         data: The graph.
         weight_name: Attribute with one weight an edge. Where it is absent, or for None, all weights are 1.
+        loops: Whether to keep self-loops.
 
     Returns:
         The edges, with float64 weights.
@@ -65,7 +66,7 @@ def read_edges(data: Any, weight_name: str | None) -> WeightedGraph:
         key, place, times = np.unique(key, return_inverse=True, return_counts=True)
         mean = np.bincount(place, weights=values, minlength=key.size) / times
     source, target = np.divmod(key, max(num_nodes, 1))
-    keep = source != target
+    keep = (source != target) | loops
     return WeightedGraph(num_nodes, source[keep], target[keep], mean[keep])
 
 
@@ -169,7 +170,100 @@ def cached_spectra(matrices: Sequence[HermitianMatrix], cut: Cut, cache_dir: Pat
     return spectra
 
 
-class AddLaplacianSpectrum(BaseTransform):  # type: ignore[misc]
+class SpectrumTransform(BaseTransform):  # type: ignore[misc]
+    """Adds eigenpairs of one matrix, or of several, of each graph; what transforms of spectra share.
+
+    Args:
+        cut: What to keep of each spectrum.
+        eigval_name: Attribute for the eigenvalues.
+        eigvec_name: Attribute for the eigenvectors.
+        dtype: Of what is stored.
+        cache_dir: Folder of the cache, or None.
+        listed: Whether counts and gaps have an axis for the matrices of a graph.
+
+    Raises:
+        ValueError: If ``dtype`` is not a floating point type.
+    """
+
+    def __init__(
+        self,
+        cut: Cut,
+        eigval_name: str,
+        eigvec_name: str,
+        dtype: torch.dtype,
+        cache_dir: str | os.PathLike[str] | None,
+        listed: bool = False,
+    ) -> None:
+        if not dtype.is_floating_point:
+            raise ValueError(f"dtype={dtype} must be a floating point type")
+        self.cut = cut
+        self.eigval_name, self.eigvec_name = eigval_name, eigvec_name
+        self.dtype = dtype
+        self.cache_dir = None if cache_dir is None else Path(cache_dir)
+        self.listed = listed
+        self._warned = False
+
+    def matrices(self, data: Data) -> list[HermitianMatrix]:
+        """The matrices of a graph, always as many."""
+        raise NotImplementedError
+
+    def forward(self, data: Data) -> Data:
+        """Add the spectrum to a graph."""
+        return self._add([data])[0]
+
+    def transform_many(self, data_list: Sequence[Data], progress: bool = False) -> list[Data]:
+        """Add spectra to many graphs, faster than one by one: those of equal size are decomposed together.
+
+        Args:
+            data_list: The graphs; they are not changed.
+            progress: Show a progress bar.
+
+        Returns:
+            Shallow copies of the graphs with the attributes that :meth:`forward` adds.
+
+        Raises:
+            ValueError: As a call of the transform.
+            RuntimeError: The same.
+        """
+        starts: Any = range(0, len(data_list), _BLOCK)
+        if progress:
+            from tqdm import tqdm
+
+            starts = tqdm(starts, desc="spectra", unit=f"{_BLOCK} graphs")
+        out = []
+        for start in starts:
+            out += self._add([copy.copy(data) for data in data_list[start : start + _BLOCK]])
+        return out
+
+    def _add(self, data_list: list[Data]) -> list[Data]:
+        matrices = [self.matrices(data) for data in data_list]
+        spectra = iter(cached_spectra([m for several in matrices for m in several], self.cut, self.cache_dir))
+        stem = self.eigval_name.removesuffix("vals").removesuffix("_")
+        for data, several in zip(data_list, matrices, strict=True):
+            parts = [next(spectra) for _ in several]
+            for part in parts:
+                self._warn(part)
+            eigvecs = torch.from_numpy(np.concatenate([part.eigvecs for part in parts], axis=1)).reshape(-1)
+            eigvecs = torch.view_as_real(eigvecs) if eigvecs.is_complex() else eigvecs
+            count = torch.tensor([part.eigvals.size for part in parts])
+            gap = torch.tensor([part.gap for part in parts], dtype=self.dtype)
+            data[self.eigval_name] = torch.from_numpy(np.concatenate([part.eigvals for part in parts])).to(self.dtype)
+            data[self.eigvec_name] = eigvecs.to(self.dtype)
+            data[f"{stem}_count"] = count.unsqueeze(0) if self.listed else count
+            data[f"{stem}_gap"] = gap.unsqueeze(0) if self.listed else gap
+        return data_list
+
+    def _warn(self, spectrum: Spectrum) -> None:
+        if self.cut.snap is None and spectrum.gap <= self.cut.tol and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"the cut after {spectrum.eigvals.size} eigenpairs splits an eigenspace (gap {spectrum.gap:.1e} <= "
+                f"tol={self.cut.tol}), the part kept is arbitrary and not stable; use snap='up' or 'down'",
+                stacklevel=5,
+            )
+
+
+class AddLaplacianSpectrum(SpectrumTransform):
     r"""Adds the lowest eigenpairs of the graph Laplacian.
 
     `Stable positional encodings <https://arxiv.org/abs/2310.02579>`_ are made of them. With weights :math:`A`, degrees
@@ -190,8 +284,8 @@ class AddLaplacianSpectrum(BaseTransform):  # type: ignore[misc]
     Graphs of up to ``dense_nodes`` nodes are decomposed as dense matrices, in stacks of equal size. A larger graph is
     split into components, and each is solved by shift-invert block Lanczos if a bound of the fill of its factor, known
     before factoring, stays below ``max_fill_bytes``, otherwise by Chebyshev-filtered subspace iteration, which needs
-    products with :math:`L` only. Every eigenpair is checked by its residual, and a second solve in the complement of those found
-    looks for missed ones.
+    products with :math:`L` only. Every eigenpair is checked by its residual, and a second solve in the complement of
+    those found looks for missed ones.
 
     No gradient goes through an eigendecomposition: weights that require grad are refused.
 
@@ -259,66 +353,16 @@ class AddLaplacianSpectrum(BaseTransform):  # type: ignore[misc]
     ) -> None:
         if normalization not in ("sym", None):
             raise ValueError(f"normalization={normalization!r} is unknown; allowed: 'sym', None")
-        if not dtype.is_floating_point:
-            raise ValueError(f"dtype={dtype} must be a floating point type")
-        self.cut = Cut(k, cutoff, snap, tol, dense_nodes, max_fill_bytes)
+        cut = Cut(k, cutoff, snap, tol, dense_nodes, max_fill_bytes)
+        super().__init__(cut, eigval_name, eigvec_name, dtype, cache_dir)
         self.normalization = normalization
         self.is_undirected = is_undirected
-        self.eigval_name, self.eigvec_name = eigval_name, eigvec_name
-        self.dtype = dtype
         self.weight_name = weight_name
-        self.cache_dir = None if cache_dir is None else Path(cache_dir)
-        self._warned = False
 
-    def forward(self, data: Data) -> Data:
-        """Add the spectrum to a graph."""
-        return self._store([data], self._solve([data]))[0]
-
-    def transform_many(self, data_list: Sequence[Data], progress: bool = False) -> list[Data]:
-        """Add spectra to many graphs, faster than one by one: those of equal size are decomposed together.
-
-        Args:
-            data_list: The graphs; they are not changed.
-            progress: Show a progress bar.
-
-        Returns:
-            Shallow copies of the graphs with the attributes that :meth:`forward` adds.
-
-        Raises:
-            ValueError: As a call of the transform.
-            RuntimeError: The same.
-        """
-        starts: Any = range(0, len(data_list), _BLOCK)
-        if progress:
-            from tqdm import tqdm
-
-            starts = tqdm(starts, desc="spectra", unit=f"{_BLOCK} graphs")
-        out = []
-        for start in starts:
-            block = data_list[start : start + _BLOCK]
-            out += self._store([copy.copy(data) for data in block], self._solve(block))
-        return out
-
-    def _solve(self, data_list: Sequence[Data]) -> list[Spectrum]:
-        graphs = (symmetrize(read_edges(data, self.weight_name), self.is_undirected) for data in data_list)
-        matrices = [laplacian_matrix(graph, self.normalization == "sym") for graph in graphs]
-        return cached_spectra(matrices, self.cut, self.cache_dir)
-
-    def _store(self, data_list: Sequence[Data], spectra: Sequence[Spectrum]) -> list[Data]:
-        stem = self.eigval_name.removesuffix("vals").removesuffix("_")
-        for data, (eigvals, eigvecs, gap) in zip(data_list, spectra, strict=True):
-            if self.cut.snap is None and gap <= self.cut.tol and not self._warned:
-                self._warned = True
-                warnings.warn(
-                    f"the cut after {eigvals.size} eigenpairs splits an eigenspace (gap {gap:.1e} <= "
-                    f"tol={self.cut.tol}), the part kept is arbitrary and not stable; use snap='up' or 'down'",
-                    stacklevel=4,
-                )
-            data[self.eigval_name] = torch.from_numpy(eigvals).to(self.dtype)
-            data[self.eigvec_name] = torch.from_numpy(np.ascontiguousarray(eigvecs)).reshape(-1).to(self.dtype)
-            data[f"{stem}_count"] = torch.tensor([eigvals.size])
-            data[f"{stem}_gap"] = torch.tensor([gap], dtype=self.dtype)
-        return list(data_list)
+    def matrices(self, data: Data) -> list[HermitianMatrix]:
+        """The Laplacian of a graph."""
+        graph = symmetrize(read_edges(data, self.weight_name), self.is_undirected)
+        return [laplacian_matrix(graph, self.normalization == "sym")]
 
     def __repr__(self) -> str:
         cut = self.cut

@@ -22,7 +22,7 @@ _FIRST = 16  # eigenpairs looked for at first where their number is not known
 _TARGET = 0.1 * RESIDUAL  # residual at which iterations stop, relative to the norm
 _HUB = 10.0  # nodes with more neighbours than so many times the root of the number of nodes
 _LEAF = 64  # nodes of a part that is dissected no further
-_BYTES = 24  # of one entry of the factor: value and index, in L and in U
+_INDEX = 4  # bytes of the index that each entry of L and of U has besides its value
 _GROWTH = 1e8  # of the lowest eigenvector against the damped ones in one Chebyshev cycle
 _SHIFT = 1e-8  # relative to the norm; makes the matrix definite
 _POWERS = 3  # of the inverse, between restarts
@@ -137,7 +137,7 @@ class _Component:
         if self.matrix.kernel is not None:  # known exactly, and often far below the rest
             self.eigvals = np.zeros(1)
             self.eigvecs = (self.matrix.kernel / np.linalg.norm(self.matrix.kernel))[:, None]
-        order = dissect(laplacian, self.cut.max_fill_bytes // _BYTES)
+        order = dissect(laplacian, self.cut.max_fill_bytes // (2 * laplacian.dtype.itemsize + 2 * _INDEX))
         if order is None:
             return _Chebyshev(laplacian, self.matrix.norm)
         return _ShiftInvert(laplacian, self.matrix.norm, order[0])
