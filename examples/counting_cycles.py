@@ -194,6 +194,8 @@ def main(argv: list[str] | None = None) -> list[list[object]]:
     names = list(MODELS) if args.models == "all" else [name.strip() for name in args.models.split(",") if name.strip()]
     if unknown := [name for name in names if name not in MODELS]:
         parser.error(f"--models must be of {', '.join(MODELS)}; got {', '.join(unknown)}")
+    if args.seeds < 1:
+        parser.error(f"--seeds must be at least 1, got {args.seeds}")
     preset = PRESETS[args.preset]
     for name in ("train", "held", "hidden", "layers", "lr"):
         if getattr(args, name) is None:

@@ -157,7 +157,8 @@ def load(args: argparse.Namespace) -> dict[str, list[Any]]:
                 train, held = train or 3000, held or 500
                 molecules = list(EnumeratedMolecules(args.root, train + 2 * held, seed=args.data_seed))
             else:
-                table = list(SmilesTable(args.table, args.smiles, args.target))
+                path = args.table if args.table.is_file() else args.root / args.table
+                table = list(SmilesTable(path, args.smiles, args.target))
                 order = torch.randperm(len(table), generator=torch.Generator().manual_seed(args.data_seed)).tolist()
                 molecules = [table[i] for i in order]
                 held = held or len(molecules) // 10
@@ -257,7 +258,7 @@ def main(argv: list[str] | None = None) -> list[list[object]]:
         default=None,
         help="(default: enumerated, or table where --table is given)",
     )
-    parser.add_argument("--table", type=Path, default=None, help="a .csv or .csv.gz with SMILES")
+    parser.add_argument("--table", type=Path, default=None, help="a .csv or .csv.gz with SMILES, also inside --root")
     parser.add_argument("--smiles", default="smiles", help="its column of SMILES (default: %(default)s)")
     parser.add_argument("--target", default="y", help="its column of numbers (default: %(default)s)")
     parser.add_argument("--preset", choices=list(PRESETS), default="small", help="(default: %(default)s)")
@@ -281,6 +282,8 @@ def main(argv: list[str] | None = None) -> list[list[object]]:
     args.data = args.data or ("enumerated" if args.table is None else "table")
     if (args.data == "table") != (args.table is not None):
         parser.error(f"--table {args.table} does not fit --data {args.data}")
+    if args.seeds < 1:
+        parser.error(f"--seeds must be at least 1, got {args.seeds}")
     preset = PRESETS[args.preset]
     args.lr = preset["lr"] if args.lr is None else args.lr
     start(args)

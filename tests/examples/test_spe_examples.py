@@ -91,13 +91,24 @@ def test_molecule_regression_reads_tables(tmp_path):
     table = tmp_path / "table.csv"
     molecules = [f"{'C' * (i % 9 + 1)}{'O' * (i % 2)}{'[Si]' * (i % 3 == 0)}" for i in range(60)]
     table.write_text("SMILES,logS\n" + "".join(f"{smiles},{len(smiles)}\n" for smiles in molecules))
-    flags = ["--table", str(table), "--smiles", "SMILES", "--target", "logS", "--models", "none"]
+    flags = [
+        "--table",
+        "table.csv",
+        "--root",
+        str(tmp_path),
+        "--smiles",
+        "SMILES",
+        "--target",
+        "logS",
+        "--models",
+        "none",
+    ]
     smoke("molecule_regression", tmp_path / "out", *flags)
     saved = json.loads((tmp_path / "out" / "none-0" / "model.json").read_text())
     assert saved["node_types"] == 29  # silicon is in none of the 28
     assert "table.csv: logS" in (tmp_path / "out" / "table.md").read_text()
     with pytest.raises(SystemExit, match="has no column 'y'"):
-        smoke("molecule_regression", tmp_path / "out", *flags[:4])
+        smoke("molecule_regression", tmp_path / "out", *flags[:6])
     with pytest.raises(SystemExit, match="leaves nothing of 60 molecules"):
         example("molecule_regression").main([*flags, "--held", "30", "--out", str(tmp_path / "out")])
 
@@ -164,10 +175,11 @@ def test_only_spe_of_a_whole_or_tapered_spectrum_is_stable(tmp_path):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_unknown_models_are_refused(tmp_path, capsys, name):
-    with pytest.raises(SystemExit):
-        smoke(name, tmp_path, "--models", "spe,gps")
-    assert "--models must be of" in capsys.readouterr().err
+def test_wrong_models_and_seeds_are_refused(tmp_path, capsys, name):
+    for flags, message in ((("--models", "spe,gps"), "--models must be of"), (("--seeds", "0"), "--seeds must be")):
+        with pytest.raises(SystemExit):
+            smoke(name, tmp_path, *flags)
+        assert message in capsys.readouterr().err
 
 
 def test_flags_that_do_not_fit_are_refused(tmp_path, capsys):
@@ -175,6 +187,15 @@ def test_flags_that_do_not_fit_are_refused(tmp_path, capsys):
         with pytest.raises(SystemExit):
             smoke("molecule_regression", tmp_path, *flags)
         assert "does not fit --data" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_spe_counts_what_message_passing_cannot(tmp_path):
+    flags = ["--train", "1000", "--held", "200", "--epochs", "15", "--models", "spe,none", "--threads", "1"]
+    spe, none = example("counting_cycles").main([*flags, "--accelerator", "cpu", "--out", str(tmp_path)])
+    gains = [b - a for a, b in zip(spe[1:5], none[1:5], strict=True)]
+    assert min(gains) > 0
+    assert sum(gains) / 4 > 0.4
 
 
 @pytest.mark.slow
