@@ -174,7 +174,7 @@ def _rdkit() -> Any:
 def _rows(path: Path, smiles: str, targets: list[str], limit: int | None) -> Iterator[tuple[int, str, list[str]]]:
     """Line, SMILES and numbers as text of each row."""
     opened = gzip.open if path.suffix == ".gz" else open
-    with reading(path), opened(path, "rt", encoding="utf-8", newline="") as stream:
+    with reading(path), opened(path, "rt", encoding="utf-8-sig", newline="") as stream:
         table = csv.reader(stream, strict=True)
         header = next(table, None)
         if not header:

@@ -129,6 +129,13 @@ def test_unreadable_rows_are_reported(tmp_path, capfd):
         SmilesTable(tmp_path / "bad.csv", strict=True)
 
 
+def test_mark_of_spreadsheets(tmp_path):
+    """Some programs put a byte order mark in front of the first name."""
+    path = tmp_path / "table.csv"
+    path.write_bytes(b"\xef\xbb\xbfsmiles,y\r\nCCO,1\r\n")
+    assert SmilesTable(path)[0].y.item() == 1
+
+
 def test_max_rows(tmp_path):
     path = write(tmp_path / "bad.csv", BAD)
     assert len(SmilesTable(path, max_rows=1)) == 1
