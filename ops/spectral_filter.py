@@ -18,8 +18,7 @@ from torch import Tensor
 from geo.ops import bounds
 from geo.ops.gather_mul import check_one_device, promote, widen
 
-TILE = 8192  # pairs of a tile: with 64 channels of float32, one tensor of a tile fills the level-2 cache of a CPU core
-STRIP = 32  # rows of a tile of a large graph
+TILE = {"cpu": 1 << 12, "cuda": 1 << 18}  # pairs; 64 channels of float32 of them are half a level-2 cache
 
 
 def spectral_filter(
@@ -28,7 +27,7 @@ def spectral_filter(
     ptr: Tensor,
     fn: Callable[[Tensor], Tensor] | None = None,
     *,
-    tile: int = TILE,
+    tile: int | None = None,
     recompute: bool = True,
 ) -> Tensor:
     r"""Filters of all pairs of nodes of each graph, or the sum over the columns of a function of them.
@@ -46,7 +45,7 @@ def spectral_filter(
         ptr: int64 [B + 1], the first node of each graph; it is read, so a GPU waits.
         fn: f, a Module or a function of [R, M] to [R, F] that works on each row by itself and always does the same.
             What it learns must be parameters of a Module. (default: none, return W)
-        tile: pairs visited at a time.
+        tile: pairs visited at a time. (default: as many as fit the cache)
         recompute: False keeps all tiles for the gradient: about a quarter faster, and as much memory as all pairs need.
 
     Returns:
@@ -67,6 +66,8 @@ def spectral_filter(
         [3.71..., 3.71..., 2.71...]
     """
     eigvecs, filters = _checked(eigvecs, filters, ptr)
+    if tile is None:
+        tile = TILE.get(eigvecs.device.type, TILE["cuda"])
     if tile < 1:
         raise ValueError(f"spectral_filter: tile must be at least 1, got {tile}")
     order = NodeOrder(ptr)
@@ -316,7 +317,7 @@ def _tiles(fn: Callable[[Tensor], Tensor], order: NodeOrder, tile: int, device: 
                 tables[size] = _Table.of(size, device)
             yield Tile((nodes, graphs), (nodes,), _Triangles(fn, order.sizes[first:stop], tables[size], device))
             continue
-        height = min(STRIP, math.isqrt(tile))
+        height = max(1, math.isqrt(tile) // 4)  # columns are longer, since the filters are multiplied by each row
         width = tile // height
         for top in range(0, size, height):
             bottom = min(top + height, size)
@@ -336,10 +337,12 @@ class _Rectangle:
 
     def __call__(self, eigvecs: Tensor, filters: Tensor) -> Tensor:
         rows, columns = eigvecs[: self.height], eigvecs[self.left :]
-        pairs = block(rows.unsqueeze(0), columns.unsqueeze(0), filters)
-        values = self.fn(pairs.view(-1, filters.size(2))).view(rows.size(0), columns.size(0), -1)
-        below = values if self.left else values[:, self.height :]  # the square on the diagonal holds both of each pair
-        return torch.cat([values.sum(1), below.sum(0)])
+        pairs = torch.bmm(columns.expand(len(rows), -1, -1), rows.unsqueeze(2) * filters)
+        values = self.fn(pairs.flatten(0, 1)).view(len(rows), len(columns), -1)
+        below = values.sum(0)
+        if not self.left:
+            below = below[self.height :]  # the square on the diagonal holds both of each pair
+        return torch.cat([values.sum(1), below])
 
 
 class _Table(NamedTuple):

@@ -38,6 +38,7 @@ def main(argv: Sequence[str]) -> int:
     args = parser.parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device is cuda, but torch sees no GPU")
+    before = torch.get_num_threads()
     torch.set_num_threads(args.threads)
     clock = "cuda" if args.device == "cuda" else args.clock
     print(
@@ -65,6 +66,7 @@ def main(argv: Sequence[str]) -> int:
         check(small, *rho)
         rows += case(label, problem, rho, targets, args, clock)
     print(table(rows), flush=True)
+    torch.set_num_threads(before)
     return 0
 
 

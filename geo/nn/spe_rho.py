@@ -22,6 +22,7 @@ class MLP(nn.Module):
 
     def __init__(self, widths: Sequence[int], norm: str | None, act: str, last: bool = True) -> None:
         super().__init__()
+        self.widths = tuple(widths)
         self.linears = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(widths))
         hidden = widths[1:-1] if last else widths[1:]
         self.norms = nn.ModuleList(nn.Identity() if norm is None else NORMS[norm](width) for width in hidden)
@@ -31,15 +32,16 @@ class MLP(nn.Module):
     def forward(self, x: Tensor, real: Tensor | None = None) -> Tensor:
         """[..., F] to [..., F']; ``real`` [...] marks the rows that a batch norm reads."""
         for i, linear in enumerate(self.linears):
-            x = _linear(linear, x)
-            if i < len(self.norms):
-                norm = self.norms[i]
-                if isinstance(norm, nn.BatchNorm1d):
-                    x = _batch_norm(norm, x, real)
-                else:
-                    x = norm(x)
-                x = x.relu_() if self.in_place else self.act(x)
+            x = self.between(i, _linear(linear, x), real)
         return x
+
+    def between(self, i: int, x: Tensor, real: Tensor | None = None) -> Tensor:
+        """What follows linear layer i, which made x."""
+        if i == len(self.norms):
+            return x
+        norm = self.norms[i]
+        x = _batch_norm(norm, x, real) if isinstance(norm, nn.BatchNorm1d) else norm(x)
+        return x.relu_() if self.in_place else self.act(x)
 
 
 def _linear(linear: nn.Module, x: Tensor) -> Tensor:
@@ -56,6 +58,30 @@ def _batch_norm(norm: nn.BatchNorm1d, x: Tensor, real: Tensor | None) -> Tensor:
     out = torch.zeros_like(x)
     out[real] = norm(x[real]).to(x.dtype)
     return out
+
+
+def _folds(mlp: MLP, filters: Tensor) -> bool:
+    """Whether the first layer, linear as W is in the filters, is better applied to those."""
+    if not mlp.linears:
+        return False
+    width, channels, hidden = filters.size(1), filters.size(2), mlp.widths[1]
+    return (width + 1) * hidden <= 1.5 * channels * (width + hidden)
+
+
+class _Rest(nn.Module):
+    """An MLP without its first layer."""
+
+    def __init__(self, mlp: MLP) -> None:
+        super().__init__()
+        self.linears, self.norms = mlp.linears[1:], mlp.norms
+        self.between = mlp.between
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[R, H] to [R, F]."""
+        x = self.between(0, x)
+        for i, linear in enumerate(self.linears):
+            x = self.between(i + 1, _linear(linear, x))
+        return x
 
 
 class RowNetwork(nn.Module):
@@ -113,8 +139,13 @@ class ColumnSum(nn.Module):
         sampled = self.num_columns is not None and self.training
         recompute = self.recompute and not self.together  # a batch norm counts what it sees
         if isinstance(self.network, RowNetwork) and not sampled and not self.together:
-            tile = {} if self.tile is None else {"tile": self.tile}
-            return spectral_filter(eigvecs, filters, ptr, self.network.mlp, recompute=recompute, **tile)
+            fn: nn.Module = self.network.mlp
+            if _folds(self.network.mlp, filters):
+                first, fn = self.network.mlp.linears[0], _Rest(self.network.mlp)
+                bias = first.get_parameter("bias").expand(len(filters), 1, -1)
+                filters = torch.cat([filters @ first.get_parameter("weight").t(), bias], dim=1)
+                eigvecs = nn.functional.pad(eigvecs, (0, 1), value=1.0)
+            return spectral_filter(eigvecs, filters, ptr, fn, tile=self.tile, recompute=recompute)
         order = NodeOrder(ptr)
         num_nodes = eigvecs.size(0)
         index = order.renumbered(edge_index)
