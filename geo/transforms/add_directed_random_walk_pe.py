@@ -82,10 +82,11 @@ class AddDirectedRandomWalkPE(BaseTransform):  # type: ignore[misc]
         reverse = WeightedGraph(num_nodes, graph.target, graph.source, graph.weight)
         parts = [self._encode(graph), self._encode(reverse)]
         nodes = np.concatenate([part[0] for part in parts], axis=1)
-        data[self.attr_name] = torch.from_numpy(nodes).to(self.dtype)
+        device = None if data.edge_index is None else data.edge_index.device
+        data[self.attr_name] = torch.from_numpy(nodes).to(device, self.dtype)
         if self.relative:
             pairs = np.concatenate([part[1] for part in parts], axis=2).reshape(num_nodes**2, nodes.shape[1])
-            data[f"{self.attr_name}_pairs"] = torch.from_numpy(pairs).to(self.dtype)
+            data[f"{self.attr_name}_pairs"] = torch.from_numpy(pairs).to(device, self.dtype)
         return data
 
     def _encode(self, graph: WeightedGraph) -> tuple[Array, Array]:

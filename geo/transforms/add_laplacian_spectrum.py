@@ -245,10 +245,12 @@ class SpectrumTransform(BaseTransform):  # type: ignore[misc]
                 self._warn(part)
             eigvecs = torch.from_numpy(np.concatenate([part.eigvecs for part in parts], axis=1)).reshape(-1)
             eigvecs = torch.view_as_real(eigvecs) if eigvecs.is_complex() else eigvecs
-            count = torch.tensor([part.eigvals.size for part in parts])
-            gap = torch.tensor([part.gap for part in parts], dtype=self.dtype)
-            data[self.eigval_name] = torch.from_numpy(np.concatenate([part.eigvals for part in parts])).to(self.dtype)
-            data[self.eigvec_name] = eigvecs.to(self.dtype)
+            eigvals = torch.from_numpy(np.concatenate([part.eigvals for part in parts]))
+            device = None if data.edge_index is None else data.edge_index.device
+            count = torch.tensor([part.eigvals.size for part in parts], device=device)
+            gap = torch.tensor([part.gap for part in parts], dtype=self.dtype, device=device)
+            data[self.eigval_name] = eigvals.to(device, self.dtype)
+            data[self.eigvec_name] = eigvecs.to(device, self.dtype)
             data[f"{stem}_count"] = count.unsqueeze(0) if self.listed else count
             data[f"{stem}_gap"] = gap.unsqueeze(0) if self.listed else gap
         return data_list

@@ -209,7 +209,7 @@ class _Iteration:
         products = slow = 0
         while products < _PRODUCTS:
             worst = residual[:wanted].max()
-            if worst <= _TARGET * self.norm:
+            if worst <= _TARGET * self.norm * (5 if slow > 9 else 1):  # below RESIDUAL; a wide cluster stays slow
                 return eigvals[:wanted], eigvecs[:, :wanted]
             block, cost = self.improve(eigvals, eigvecs, known, slow)
             products += cost
@@ -255,11 +255,12 @@ class _Chebyshev(_Iteration):
 
         Damping begins a margin above the block, the wider the more steps were slow: an eigenspace may be wider than it.
         """
+        top = 1.01 * self.norm
         spread = max(eigvals[-1] - eigvals[0], 1e-3 * self.norm)
-        edge = min(eigvals[-1] + _MARGIN * 2**slow * spread, (eigvals[-1] + self.norm) / 2)
-        rate = np.arccosh((self.norm + edge - 2 * eigvals[0]) / (self.norm - edge))
+        edge = min(eigvals[-1] + _MARGIN * 2.0 ** min(slow, 9) * spread, (eigvals[-1] + top) / 2)
+        rate = np.arccosh((top + edge - 2 * eigvals[0]) / (top - edge))
         degree = int(np.clip(np.arccosh(_GROWTH) / rate, 4, _DEGREE))
-        return chebyshev_filter(self.laplacian, eigvecs, known, degree, edge, self.norm, eigvals[0]), degree
+        return chebyshev_filter(self.laplacian, eigvecs, known, degree, edge, top, eigvals[0]), degree
 
 
 def chebyshev_filter(

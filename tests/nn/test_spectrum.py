@@ -60,6 +60,23 @@ def test_a_single_graph_is_a_batch_of_one():
     assert alone[2].dtype == torch.bool
 
 
+def test_on_a_device(device):
+    data_list = [AddLaplacianSpectrum(k=2)(data.to(device)) for data in (ring(5), ring(4))]
+    found = pad_spectrum(Batch.from_data_list(data_list))
+    expected = pad_spectrum(Batch.from_data_list([data.cpu() for data in data_list]))
+    for a, b in zip(found, expected, strict=True):
+        assert a.device.type == device.type
+        assert torch.equal(a.cpu(), b)
+
+
+def test_compiled_equals_eager():
+    """Sizes are data, so the graph breaks; the numbers are the same."""
+    batch = Batch.from_data_list(graphs(k=2))
+    compiled = torch.compile(pad_spectrum, backend="eager")
+    for a, b in zip(compiled(batch), pad_spectrum(batch), strict=True):
+        assert torch.equal(a, b)
+
+
 def test_no_graph_and_no_node():
     empty = AddLaplacianSpectrum()(isolated(0))
     for data in (empty, Batch.from_data_list([empty, empty])):
