@@ -433,11 +433,12 @@ def test_check_7_ragged_equals_a_loop_with_gradients(tile):
 
 
 @pytest.mark.parametrize("norm", ["layer_norm", None])
+@pytest.mark.parametrize("hidden", [8, 32])  # the first layer of an MLP is applied to the filters where that is cheaper
 @pytest.mark.parametrize("rho", ["gin", "mlp"])
-def test_check_7_ragged_equals_padded_with_gradients(rho, norm):
+def test_check_7_ragged_equals_padded_with_gradients(rho, hidden, norm):
     graphs = [random_graph(n, seed) for seed, n in enumerate((5, 1, 9, 3, 9, 7))]
     eigvals, eigvecs, edge_index, batch, mask = batched(graphs)
-    spe = make(rho=rho, norm=norm, act="relu")
+    spe = make(rho=rho, norm=norm, act="relu", rho_hidden=hidden)
     filters = spe.phi(eigvals) * mask.unsqueeze(2)
     ptr = torch.tensor([0, 5, 1, 9, 3, 9, 7]).cumsum(0)
     out, expected = spe(eigvals, eigvecs, edge_index, batch, mask), loop(spe.rho, eigvecs, filters, ptr, edge_index)
