@@ -161,7 +161,7 @@ def picture(path: Any, rows: list[list[Any]], spread: list[list[list[float]]], t
     axis.set(xticks=range(len(LENGTHS)), xticklabels=[f"cycles of {length}" for length in LENGTHS], title=title)
     axis.set_ylabel("log10 (test MAE / standard deviation)")
     axis.axhline(0, color="0.4", lw=0.8)
-    axis.legend(fontsize=8)
+    axis.legend(fontsize=8, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.08))  # below: the bars hang down
     figure.tight_layout()
     with write_atomic(path) as temporary:
         figure.savefig(temporary, dpi=130)
