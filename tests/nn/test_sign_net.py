@@ -392,6 +392,17 @@ def test_bad_inputs(which):
 
 
 @both
+def test_edges_between_graphs_carry_what_both_have(which):
+    module = modules()[which]
+    eigvals, eigvecs, edges, batch, mask, _ = padded([graph(4), graph(3, k=1, seed=1)])
+    wide = torch.cat((edges, torch.tensor([[0, 5], [5, 1]])), 1)
+    first = torch.arange(mask.size(1)) < 1
+    masked = module(eigvals, eigvecs, wide, batch, mask & first)
+    assert module(eigvals, eigvecs, wide, batch, mask).isfinite().all()
+    assert not torch.allclose(masked, module(eigvals, eigvecs, edges, batch, mask & first))
+
+
+@both
 def test_edges_out_of_range(which):
     module = modules()[which]
     eigvals, eigvecs, edges, batch, mask, weight = padded([graph(4), graph(3, seed=1)])
