@@ -63,9 +63,9 @@ demo: install
 .PHONY: test test-all
 test: install
 	$(BIN)/python -m geo
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n logical --dist worksteal -m "not slow"
+	OMP_WAIT_POLICY=passive OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --dist worksteal -m "not slow"
 test-all: install
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n logical --dist worksteal
+	OMP_WAIT_POLICY=passive OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --dist worksteal
 
 .PHONY: lint
 lint: install

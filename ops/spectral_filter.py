@@ -218,17 +218,18 @@ class _SumTiles(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        tensors, params = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
+        saved = ctx.saved_tensors  # read once: a checkpoint around this op gives them out once
+        tensors, params = saved[: ctx.count], saved[ctx.count :]
         wanted = ctx.needs_input_grad[3:]
         device, dtype, enabled = ctx.autocast
         if torch.is_grad_enabled():  # to be differentiated again: one graph of all tiles
             with torch.autocast(device, dtype, enabled):
                 parts = [tile.run(*_pieces(tile, tensors)) for tile in ctx.tiles]
-            inputs = [t for t, want in zip(ctx.saved_tensors, wanted, strict=True) if want]
+            inputs = [t for t, want in zip(saved, wanted, strict=True) if want]
             given = [_rows(grad, tile).to(p.dtype) for tile, p in zip(ctx.tiles, parts, strict=True)]
             got = iter(torch.autograd.grad(parts, inputs, given, create_graph=True, allow_unused=True))
             return (None, None, None, *(next(got) if want else None for want in wanted))
-        sums = [torch.zeros_like(t) if want else None for t, want in zip(ctx.saved_tensors, wanted, strict=True)]
+        sums = [torch.zeros_like(t) if want else None for t, want in zip(saved, wanted, strict=True)]
         for tile in ctx.tiles:
             pieces = _pieces(tile, tensors)
             with torch.enable_grad(), torch.autocast(device, dtype, enabled):
@@ -248,10 +249,16 @@ def _rows(grad: Tensor, tile: Tile) -> Tensor:
 
 
 # -- pairs -------------------------------------------------------------------------------------------------------------
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """bmm, also under autocast in the precision of its inputs: W does not depend on the basis up to rounding only."""
+    with torch.autocast(a.device.type, enabled=False):
+        return torch.bmm(a, b)
+
+
 def block(rows: Tensor, columns: Tensor, filters: Tensor) -> Tensor:
     """W of some rows [b, r, K] and columns [b, c, K] of b graphs with filters [b, K, M]: [b, r, c, M]."""
     scaled = columns.transpose(1, 2).unsqueeze(3) * filters.unsqueeze(2)  # [b, K, c, M]
-    return torch.bmm(rows, scaled.flatten(2)).view(*rows.shape[:2], columns.size(1), filters.size(2))
+    return _product(rows, scaled.flatten(2)).view(*rows.shape[:2], columns.size(1), filters.size(2))
 
 
 def groups(sizes: Sequence[int], cost: Callable[[int], int], budget: int) -> Iterator[tuple[int, int]]:
@@ -337,7 +344,7 @@ class _Rectangle:
 
     def __call__(self, eigvecs: Tensor, filters: Tensor) -> Tensor:
         rows, columns = eigvecs[: self.height], eigvecs[self.left :]
-        pairs = torch.bmm(columns.expand(len(rows), -1, -1), rows.unsqueeze(2) * filters)
+        pairs = _product(columns.expand(len(rows), -1, -1), rows.unsqueeze(2) * filters)
         values = self.fn(pairs.flatten(0, 1)).view(len(rows), len(columns), -1)
         below = values.sum(0)
         if not self.left:
@@ -382,7 +389,7 @@ class _Triangles:
     def __call__(self, eigvecs: Tensor, filters: Tensor) -> Tensor:
         v = self.padding.fill(eigvecs)
         products = v.index_select(1, self.table.low) * v.index_select(1, self.table.high)
-        values = self.fn(torch.bmm(products, filters).flatten(0, 1))
+        values = self.fn(_product(products, filters).flatten(0, 1))
         t_ptr = t_perm = None
         if torch.is_grad_enabled():
             graph = torch.arange(len(v), device=v.device).unsqueeze(1) * self.table.place.size(0)

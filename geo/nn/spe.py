@@ -36,8 +36,10 @@ class SPE(nn.Module):
     - ``'deepsets'``: :math:`\mathrm{MLP}_2(\sum_j \mathrm{MLP}_1(W_{ij}) + B W_{ii})`.
 
     What differs from the paper: layer norm by default, since batch norm reads all pairs of a batch; :math:`\epsilon`
-    starts at 0; the last layer of ``'deepsets'`` filters has no ReLU; the last linear layer stands behind the sum over
-    columns, which is the same; and ``lipschitz`` and ``taper``, with which stability is a guarantee. The whole
+    starts at 0, where the first layer of the GIN sees a node and its neighbours alike in the column of that node (with
+    :math:`\phi = 1` that costs four of BREC's pairs, with filters of :math:`\lambda` none); the last layer of
+    ``'deepsets'`` filters has no ReLU; the last linear layer stands behind the sum over columns, which is the same; and
+    ``lipschitz`` and ``taper``, with which stability is a guarantee. The whole
     :math:`\phi: \mathbb R \to \mathbb R^m` is then K-Lipschitz, so for *all* symmetric L and L'
 
     .. math:: \lVert W(L) - W(L') \rVert_F \le K \lVert L - L' \rVert_F
@@ -51,8 +53,8 @@ class SPE(nn.Module):
         out_channels: Size p of the encoding.
         num_channels: Number m of filters. (default: ``16``)
         phi: ``'mlp'``, an MLP R -> R for each filter; ``'deepsets'``, one that reads all eigenvalues of the graph;
-            ``'spline'``, a uniform cubic B-spline on [0, 2]; or a Module, called as ``phi(eigvals [B, K], eig_mask
-            [B, K])``, that returns [B, K, m]. (default: ``'mlp'``)
+            ``'spline'``, a uniform cubic B-spline on [0, 2], where eigenvalues above 2 count as 2; or a Module, called
+            as ``phi(eigvals [B, K], eig_mask [B, K])``, that returns [B, K, m]. (default: ``'mlp'``)
         rho: ``'gin'``, ``'mlp'``, ``'deepsets'``, or a Module, called as ``rho(W [P, m], row [P], col [P], edge_index,
             batch [N])`` with all pairs (row, col) of nodes of a graph, that returns [N, p]. (default: ``'gin'``)
         phi_hidden: Width of the filters' MLPs, or the number of control points of the spline. (default: ``16``)
@@ -82,7 +84,9 @@ class SPE(nn.Module):
         Equivariant to permutations of the nodes, invariant to signs of eigenvectors and to rotations inside
         eigenspaces. No gradient flows to eigenvalues or eigenvectors (that of an eigendecomposition is infinite where
         eigenvalues coincide): asking for it raises. Differentiable in weights and edge weights; for ``'relu'`` not at
-        0. A graph's output does not depend on its batch, but with ``'batch_norm'`` in training.
+        0. A graph's output does not depend on its batch, but with ``'batch_norm'`` in training. Filters and W keep the
+        precision of the weights under autocast. ``torch.compile`` breaks the graph at rho, whose tiles are made by the
+        sizes of the graphs; for that reason there is no ``fullgraph=True`` and no export.
 
     Raises:
         ValueError: An unknown option, inputs that do not fit together or require grad, an edge between two graphs, or
@@ -144,7 +148,8 @@ class SPE(nn.Module):
         if aggr not in ("sum", "mean"):
             raise ValueError(f"aggr is {aggr!r}, but must be 'sum' or 'mean'")
         for name, limit in (("lipschitz", lipschitz), ("taper", taper)):
-            if limit is not None and not 0 < limit < math.inf:
+            number = isinstance(limit, int | float) and not isinstance(limit, bool)
+            if limit is not None and not (number and 0 < limit < math.inf):
                 raise ValueError(f"{name} is {limit!r}, but must be a positive number or None")
             if limit is not None and phi not in ("mlp", "spline"):
                 shown = phi if isinstance(phi, str) else type(phi).__name__
@@ -265,6 +270,8 @@ class SPE(nn.Module):
                 f"({num_graphs}, {width}) and torch.bool"
             )
         for name, value in (("eigvals", eigvals), ("eigvecs", eigvecs)):
+            if not value.is_floating_point():
+                raise ValueError(f"{name} has dtype {value.dtype}, but must be a real floating point tensor")
             if value.requires_grad:
                 raise ValueError(
                     f"{name} requires grad, but the gradient of an eigendecomposition is infinite where eigenvalues "
@@ -275,8 +282,12 @@ class SPE(nn.Module):
         if self.lipschitz is not None and self.taper is None:
             _refuse_cut(mask, ptr)
         dtype = next((p.dtype for p in self.parameters()), eigvecs.dtype)
-        eigvals, eigvecs = eigvals.to(dtype), eigvecs.to(dtype)
-        return eigvecs, self._phi(eigvals, mask) * mask.unsqueeze(2), ptr
+        eigvals, eigvecs = eigvals.to(dtype).masked_fill(~mask, 0.0), eigvecs.to(dtype)
+        if eig_mask is not None:
+            eigvecs = eigvecs.masked_fill(~(mask if batch is None else mask[batch]), 0.0)
+        with torch.autocast(eigvals.device.type, enabled=False):  # rounding of filters would tell equal nodes apart
+            filters = self._phi(eigvals, mask)
+        return eigvecs, filters.masked_fill(~mask.unsqueeze(2), 0.0), ptr
 
     def _phi(self, eigvals: Tensor, mask: Tensor) -> Tensor:
         out: Tensor
@@ -313,8 +324,10 @@ def _first_nodes(batch: Tensor | None, eigvecs: Tensor, num_graphs: int) -> Tens
         if num_graphs != 1:
             raise ValueError(f"batch is missing, but eigvals has {num_graphs} rows, one for each graph")
         return torch.tensor([0, num_nodes], device=eigvecs.device)
-    if batch.shape != (num_nodes,):
-        raise ValueError(f"batch has shape {tuple(batch.shape)}, but must be ({num_nodes},)")
+    if batch.shape != (num_nodes,) or batch.dtype != torch.int64:
+        raise ValueError(
+            f"batch has shape {tuple(batch.shape)} and dtype {batch.dtype}, but must be ({num_nodes},) and torch.int64"
+        )
     if bool((batch[1:] < batch[:-1]).any()):
         raise ValueError("batch is not sorted, but the nodes of each graph must stand together, graph after graph")
     if num_nodes and not 0 <= int(batch[0]) <= int(batch[-1]) < num_graphs:

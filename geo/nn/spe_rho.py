@@ -143,7 +143,8 @@ class ColumnSum(nn.Module):
             if _folds(self.network.mlp, filters):
                 first, fn = self.network.mlp.linears[0], _Rest(self.network.mlp)
                 bias = first.get_parameter("bias").expand(len(filters), 1, -1)
-                filters = torch.cat([filters @ first.get_parameter("weight").t(), bias], dim=1)
+                with torch.autocast(filters.device.type, enabled=False):
+                    filters = torch.cat([filters @ first.get_parameter("weight").t(), bias], dim=1)
                 eigvecs = nn.functional.pad(eigvecs, (0, 1), value=1.0)
             return spectral_filter(eigvecs, filters, ptr, fn, tile=self.tile, recompute=recompute)
         order = NodeOrder(ptr)

@@ -12,13 +12,14 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch_geometric.data import Data
+from torch_geometric.data import Batch, Data
 from torch_geometric.transforms import BaseTransform
 
 from geo.transforms.array_cache import Arrays, digest, read_cache, settings_key, write_cache
 from geo.transforms.spectrum_solver import Array, Cut, HermitianMatrix, Spectrum, solve_spectra
 
 _BLOCK = 1024  # graphs decomposed, and cached, together
+_LARGEST = 1e150  # sum of weights: its square is a number
 _SYMMETRY = 1e-6  # relative difference of the weights of the two directions that counts as rounding
 _FORMAT = 1  # of the cache; part of its key
 
@@ -48,6 +49,11 @@ def read_edges(data: Any, weight_name: str | None, loops: bool = False) -> Weigh
     """
     if not isinstance(data, Data):
         raise ValueError(f"data is a {type(data).__name__}; a Laplacian is that of a Data with one edge_index")
+    if isinstance(data, Batch):
+        raise ValueError(
+            f"data is a batch of {data.num_graphs} graphs; apply the transform to each before batching (as a dataset's "
+            "transform or pre_transform, or by transform_many)"
+        )
     num_nodes = int(data.num_nodes or 0)
     if data.edge_index is None:
         return WeightedGraph(num_nodes, np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0))
@@ -84,6 +90,8 @@ def _check_weights(weight: Any, name: str | None, num_edges: int) -> Array:
     if bad.any():
         at = int(bad.argmax())
         raise ValueError(f"{name} is {values[at]} at edge {at}; weights must be finite and not negative")
+    if values.sum() > _LARGEST:
+        raise ValueError(f"{name} sums to {values.sum():.1e}; weights whose sum is above {_LARGEST:.0e} overflow")
     return values
 
 
@@ -196,6 +204,8 @@ class SpectrumTransform(BaseTransform):  # type: ignore[misc]
     ) -> None:
         if not dtype.is_floating_point:
             raise ValueError(f"dtype={dtype} must be a floating point type")
+        if eigval_name == eigvec_name:
+            raise ValueError(f"eigvec_name={eigvec_name!r} is eigval_name, too; the two must differ")
         self.cut = cut
         self.eigval_name, self.eigvec_name = eigval_name, eigvec_name
         self.dtype = dtype
@@ -297,7 +307,8 @@ class AddLaplacianSpectrum(SpectrumTransform):
         cutoff: Keep eigenvalues up to this one, to within ``tol``, instead of a number of them. (default: ``None``)
         snap: What to do with an eigenspace that the cut would split: ``'up'`` keeps all of it, ``'down'`` none of it,
             None splits it and warns once. (default: ``'up'``)
-        tol: Neighbouring eigenvalues that differ by no more belong to one eigenspace. (default: ``1e-6``)
+        tol: Neighbouring eigenvalues that differ by no more belong to one eigenspace. The lowest of a long path or tree
+            of many thousand nodes are closer than the default: give less there. (default: ``1e-6``)
         is_undirected: Take an edge stored in one direction as an edge without direction, with the mean of both weights
             where both are stored. Otherwise a graph that is not symmetric is refused. (default: ``False``)
         eigval_name: Attribute for the eigenvalues. (default: ``'eigvals'``)
@@ -326,9 +337,11 @@ class AddLaplacianSpectrum(SpectrumTransform):
         - ``eigvecs`` :math:`(n k_g)`, the rows of the :math:`n \times k_g` matrix one after the other, so that graphs
           of different :math:`k_g` batch; :func:`geo.nn.pad_spectrum` makes matrices of them
         - ``eig_count`` :math:`(1)` int64, that is :math:`k_g`
-        - ``eig_gap`` :math:`(1)`, the distance from the last eigenvalue kept to the next; infinite if nothing is cut
+        - ``eig_gap`` :math:`(1)`, the distance from the last eigenvalue kept (from 0 if none is) to the next; infinite
+          if nothing is cut
 
-        The last two are named after ``eigval_name``, without ``vals`` or ``_vals`` at its end.
+        The last two are named after ``eigval_name``, without ``vals`` or ``_vals`` at its end. Transforms that remove
+        nodes or edges come before this one: PyG takes the n eigenvalues of a full spectrum for features of nodes.
 
     Example:
         >>> triangle = Data(edge_index=torch.tensor([[0, 1, 1, 2, 2, 0], [1, 0, 2, 1, 0, 2]]), num_nodes=3)

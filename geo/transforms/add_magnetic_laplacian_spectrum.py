@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Sequence
 from typing import Literal
@@ -93,12 +92,13 @@ class AddMagneticLaplacianSpectrum(SpectrumTransform):
     ) -> None:
         if normalization not in ("sym", None):
             raise ValueError(f"normalization={normalization!r} is unknown; allowed: 'sym', None")
-        listed = not isinstance(q, int | float)
-        self.q = tuple(q) if not isinstance(q, int | float) else (float(q),)
-        if not self.q or not all(math.isfinite(value) for value in self.q):
+        values = np.asarray(q)
+        listed = values.ndim == 1
+        if values.dtype.kind not in "iuf" or values.ndim > 1 or not values.size or not np.isfinite(values).all():
             raise ValueError(f"q={q} must be a finite number or a list of at least one")
         cut = Cut(k, cutoff, snap, tol, dense_nodes, max_fill_bytes)
         super().__init__(cut, eigval_name, eigvec_name, dtype, cache_dir, listed)
+        self.q = tuple(float(value) for value in np.atleast_1d(values))
         self.normalization = normalization
         self.relative_q = relative_q
 

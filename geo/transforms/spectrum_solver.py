@@ -117,7 +117,7 @@ class Cut:
         kept = self.count(eigvals, num_nodes)
         if kept is None:
             raise RuntimeError(f"{len(eigvals)} of {num_nodes} eigenvalues do not settle where to cut")
-        gap = float(eigvals[kept] - eigvals[kept - 1]) if 0 < kept < num_nodes else math.inf
+        gap = float(eigvals[kept] - (eigvals[kept - 1] if kept else 0.0)) if kept < num_nodes else math.inf
         return Spectrum(eigvals[:kept], fix_phases(eigvecs[:, :kept]), gap)
 
 

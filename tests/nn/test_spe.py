@@ -695,7 +695,10 @@ def test_refused_inputs():
         ((eigvals, eigvecs[:, :3], edge_index, batch), r"eigvecs has shape \(7, 3\), but must be \(\|V\|, 4\)"),
         ((eigvals, eigvecs, edge_index[0], batch), "edge_index has shape"),
         ((eigvals, eigvecs, edge_index), "batch is missing, but eigvals has 2 rows"),
-        ((eigvals, eigvecs, edge_index, batch[1:]), r"batch has shape \(6,\), but must be \(7,\)"),
+        (
+            (eigvals, eigvecs, edge_index, batch[1:]),
+            r"batch has shape \(6,\) and dtype torch.int64, but must be \(7,\)",
+        ),
         ((eigvals, eigvecs, edge_index, batch.flip(0)), "batch is not sorted"),
         ((eigvals, eigvecs, edge_index, batch + 1), "batch goes from 1 to 2, but eigvals has 2 rows"),
         ((eigvals, eigvecs, edge_index, batch, mask.double()), "eig_mask has shape .* torch.float64"),
@@ -715,3 +718,31 @@ def test_refused_inputs():
     with pytest.raises(ValueError, match="graph 1 has 3 nodes and 2 eigenpairs, but lipschitz needs the full spectrum"):
         limited(eigvals, eigvecs, edge_index, batch, cut)
     assert make(lipschitz=1.0, taper=1.0)(eigvals, eigvecs, edge_index, batch, cut).shape == (7, 5)
+
+
+def test_inside_a_checkpoint():
+    args = batched([random_graph(n, n) for n in (6, 3)])
+    spe = make()
+    expected = torch.autograd.grad(spe(*args).sum(), list(spe.parameters()))
+    out = torch.utils.checkpoint.checkpoint(lambda: spe(*args), use_reentrant=False)
+    for got, wanted in zip(torch.autograd.grad(out.sum(), list(spe.parameters())), expected, strict=True):
+        close(got, wanted, 1e-10)
+
+
+@pytest.mark.parametrize(("phi", "rho"), KINDS)
+def test_padding_is_never_read(phi, rho):
+    eigvals, eigvecs, edge_index, batch, mask = batched([random_graph(n, n) for n in (6, 3)])
+    spe = make(phi, rho)
+    assert not mask.all()
+    garbage = eigvals.masked_fill(~mask, math.nan), eigvecs.masked_fill(~mask[batch], math.nan)
+    assert torch.equal(spe(*garbage, edge_index, batch, mask), spe(eigvals, eigvecs, edge_index, batch, mask))
+
+
+@pytest.mark.parametrize(("phi", "rho"), KINDS)
+def test_equal_nodes_stay_equal_under_autocast(phi, rho):
+    """On a ring all nodes are alike, whatever basis the eigenspaces got; with W in bfloat16 they are not."""
+    args = batched([spectrum(cycle(12))])
+    spe = make(phi, rho).float()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = spe(*args).float().detach()
+    assert apart(out, out[:1].expand_as(out)) < 1e-3 * float(out.abs().max())

@@ -12,7 +12,13 @@ from torch_geometric.data import Batch, Data, HeteroData, InMemoryDataset
 from torch_geometric.loader import DataLoader
 
 from geo.testing import assert_close
-from geo.transforms import AddLaplacianSpectrum, sparse_spectrum, spectrum_solver
+from geo.transforms import (
+    AddDirectedRandomWalkPE,
+    AddLaplacianSpectrum,
+    AddMagneticLaplacianSpectrum,
+    sparse_spectrum,
+    spectrum_solver,
+)
 from geo.transforms.add_laplacian_spectrum import laplacian_matrix, read_edges, symmetrize
 from geo.transforms.array_cache import DamagedFileError
 
@@ -150,8 +156,8 @@ def test_what_is_kept(kwargs, kept):
     assert data.eig_count.tolist() == [kept]
     assert data.eigvals.shape == (kept,)
     assert data.eigvecs.shape == (16 * kept,)
-    expected = math.inf if kept in (0, 16) else 2 / 3
-    assert float(data.eig_gap) == pytest.approx(expected)
+    expected = {0: 0.0, 16: math.inf}.get(kept, 2 / 3)
+    assert float(data.eig_gap) == pytest.approx(expected, abs=1e-12)
 
 
 def test_signs_are_deterministic():
@@ -563,3 +569,25 @@ def test_interrupted_write_leaves_no_file(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         AddLaplacianSpectrum(cache_dir=tmp_path)(rook())
     assert not list(tmp_path.iterdir())
+
+
+def test_a_batch_is_refused():
+    batch = Batch.from_data_list([undirected(nx.complete_graph(3))] * 2)
+    for transform in (AddLaplacianSpectrum(), AddMagneticLaplacianSpectrum(), AddDirectedRandomWalkPE(2)):
+        with pytest.raises(ValueError, match="batch of 2 graphs; apply the transform to each"):
+            transform(batch)
+
+
+def test_the_gap_of_nothing_kept():
+    """Four components of one node: 'down' keeps nothing of the kernel, and the gap is not infinite."""
+    data = AddLaplacianSpectrum(k=1, snap="down")(Data(edge_index=torch.empty(2, 0, dtype=torch.int64), num_nodes=4))
+    assert (data.eig_count.item(), data.eig_gap.item()) == (0, 0.0)
+
+
+def test_one_name_for_both_and_weights_that_overflow_are_refused():
+    with pytest.raises(ValueError, match="eigvec_name='v' is eigval_name"):
+        AddLaplacianSpectrum(eigval_name="v", eigvec_name="v")
+    data = undirected(nx.complete_graph(3))
+    data.edge_weight = torch.full((6,), 1e300, dtype=torch.float64)
+    with pytest.raises(ValueError, match="edge_weight sums to 6"):
+        AddLaplacianSpectrum()(data)
