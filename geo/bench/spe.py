@@ -147,7 +147,9 @@ def case(
     """Two lines of the table: forward, and forward with the gradients of weights and filters."""
     eigvecs, filters, ptr, edge_index = (t.to(args.device) for t in problem)
     problem = (eigvecs, filters.requires_grad_(), ptr, edge_index)
-    networks = {name: make(*rho, recompute=name == "geo").to(args.device) for name in ("geo", "kept")}
+    networks = {
+        name: make(*rho, recompute=None if name == "geo" else False).to(args.device) for name in ("geo", "kept")
+    }
     calls: dict[str, Callable[[], Tensor]] = {
         "loop": lambda: loop(networks["geo"], *problem),
         "geo": lambda: networks["geo"](*problem, None),
@@ -177,7 +179,7 @@ def plain(mlp: Any, x: Tensor) -> Tensor:
     return x
 
 
-def make(kind: str, hidden: int, num_layers: int, norm: str | None, recompute: bool = True) -> PairNetwork:
+def make(kind: str, hidden: int, num_layers: int, norm: str | None, recompute: bool | None = None) -> PairNetwork:
     """A rho; always with the same weights."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

@@ -14,6 +14,7 @@ from geo.ops import csr_from_index, gather_mul_segment_sum
 from geo.ops.spectral_filter import NodeOrder, Padding, Tile, block, groups, spectral_filter, sum_tiles
 
 NORMS: dict[str, Any] = {"layer_norm": nn.LayerNorm, "batch_norm": nn.BatchNorm1d}
+KEPT = {"cpu": 1 << 28, "cuda": 1 << 33}  # bytes of states kept for the gradient rather than made again
 TILE_ROWS = {"cpu": 1 << 18, "cuda": 1 << 26}  # entries of a tensor of hidden states of a tile
 
 
@@ -127,7 +128,9 @@ class GIN(nn.Module):
 class ColumnSum(nn.Module):
     r"""A network of each column, summed over the columns (their mean times ``n`` where they are sampled), [N, F]."""
 
-    def __init__(self, network: RowNetwork | GIN, num_columns: int | None, tile: int | None, recompute: bool) -> None:
+    def __init__(
+        self, network: RowNetwork | GIN, num_columns: int | None, tile: int | None, recompute: bool | None
+    ) -> None:
         super().__init__()
         self.network, self.num_columns, self.tile, self.recompute = network, num_columns, tile, recompute
         self.together = any(isinstance(module, nn.BatchNorm1d) for module in network.modules())
@@ -137,7 +140,11 @@ class ColumnSum(nn.Module):
     ) -> Tensor:
         """Eigenvectors [N, K] and filters [B, K, m] to [N, F]."""
         sampled = self.num_columns is not None and self.training
-        recompute = self.recompute and not self.together  # a batch norm counts what it sees
+        recompute = self.recompute
+        if self.together:
+            recompute = False  # a batch norm counts what it sees
+        elif recompute is None:
+            recompute = self._states(ptr, sampled) * eigvecs.element_size() > KEPT.get(ptr.device.type, KEPT["cuda"])
         if isinstance(self.network, RowNetwork) and not sampled and not self.together:
             fn: nn.Module = self.network.mlp
             if _folds(self.network.mlp, filters):
@@ -160,6 +167,15 @@ class ColumnSum(nn.Module):
             nothing: Tensor = self.network(empty, index[0], edge_ptr, tensors[2])
             return nothing.sum(1)
         return order.back(sum_tiles(tiles, tensors, params, num_nodes, recompute))
+
+    def _states(self, ptr: Tensor, sampled: bool) -> int:
+        """How many numbers of hidden states the gradient needs, about: what each layer, norm and activation returns."""
+        count = ptr.diff()
+        columns = count if not sampled else count.clamp(max=self.num_columns)
+        pairs = int((count * columns).sum())
+        if isinstance(self.network, RowNetwork) and not sampled:
+            pairs //= 2
+        return 3 * pairs * sum(m.out_features for m in self.network.modules() if isinstance(m, nn.Linear))
 
     def _tiles(
         self, order: NodeOrder, src: Tensor, edge_ptr: Tensor, device: torch.device, sampled: bool
@@ -241,7 +257,7 @@ class PairNetwork(nn.Module):
         mean: bool,
         num_columns: int | None,
         tile: int | None,
-        recompute: bool,
+        recompute: bool | None,
     ) -> None:
         super().__init__()
         self.mean = mean

@@ -14,7 +14,7 @@ from torch_geometric.data import Data
 
 from geo.bench import peak_extra_memory
 from geo.bench.spe import loop
-from geo.nn import SPE, SignNet, pad_spectrum
+from geo.nn import SPE, SignNet, pad_spectrum, spe_rho
 from geo.testing import assert_alone_equals_batched, assert_permutation_equivariant, assert_state_dict_roundtrip
 from geo.transforms import AddLaplacianSpectrum
 
@@ -746,3 +746,26 @@ def test_equal_nodes_stay_equal_under_autocast(phi, rho):
     with torch.autocast("cpu", torch.bfloat16):
         out = spe(*args).float().detach()
     assert apart(out, out[:1].expand_as(out)) < 1e-3 * float(out.abs().max())
+
+
+@pytest.mark.parametrize("rho", ["gin", "mlp", "deepsets"])
+def test_states_are_kept_up_to_a_limit(rho, monkeypatch):
+    """By default what is small is kept and what is large is made again, with the same gradients."""
+    args = batched([random_graph(n, n) for n in (6, 3, 9)])
+    spe = make(rho=rho)
+    found = {}
+    for limit in (0, 1 << 30):
+        monkeypatch.setitem(spe_rho.KEPT, "cpu", limit)
+        out = spe(*args)
+        names = []
+        nodes = [out.grad_fn]
+        while nodes:
+            node = nodes.pop()
+            if node is not None:
+                names.append(type(node).__name__)
+                nodes += [n for n, _ in node.next_functions]
+        found[limit] = "_SumTilesBackward" in names, torch.autograd.grad(out.square().sum(), list(spe.parameters()))
+    assert found[0][0]
+    assert not found[1 << 30][0]
+    for got, wanted in zip(found[0][1], found[1 << 30][1], strict=True):
+        close(got, wanted, 1e-10)
