@@ -266,7 +266,7 @@ ours = pytest.mark.parametrize("name", MARKS_AND_SPECTRA)
 
 
 @ours
-def test_cycle_and_two_triangles(name):
+def test_check_8_cycle_and_two_triangles(name):
     graphs = [circulant(6, 1), TWO_TRIANGLES]
     assert by_refinement(graphs, [(0, 1)]) == 0
     count, again, apart, _ = told_apart(name, graphs, [(0, 1)])
@@ -276,7 +276,7 @@ def test_cycle_and_two_triangles(name):
 
 
 @ours
-def test_rook_and_shrikhande(name):
+def test_check_8_rook_and_shrikhande(name):
     """No function of the spectrum and message passing can: both are below 2-FWL, which sees no difference."""
     assert torch.allclose(spectrum(ROOK)[0], spectrum(SHRIKHANDE)[0])
     count, again, _, rest = told_apart(name, [ROOK, SHRIKHANDE], [(0, 1)])
@@ -286,7 +286,7 @@ def test_rook_and_shrikhande(name):
 
 
 @ours
-def test_all_classes_of_csl(name):
+def test_check_8_all_classes_of_csl(name):
     pairs = list(combinations(range(10), 2))
     assert by_refinement(CSL, pairs) == 0
     count, again, apart, _ = told_apart(name, CSL, pairs)
@@ -295,7 +295,7 @@ def test_all_classes_of_csl(name):
     assert again.max() < TOLERANCE / 10
 
 
-def test_phi_of_1_without_messages_sees_the_size_only():
+def test_check_8_phi_of_1_without_messages_sees_the_size_only():
     """The control: W = I, so without message passing every graph of n nodes gets the same."""
     torch.manual_seed(0)
     module = SPE(16, 1, phi=One(), rho="mlp", rho_hidden=32).double().eval()
@@ -303,7 +303,7 @@ def test_phi_of_1_without_messages_sees_the_size_only():
     assert distance(*rows) < TOLERANCE / 10
 
 
-def test_sign_net_tells_a_graph_from_itself():
+def test_check_8_sign_net_tells_a_graph_from_itself():
     """Where an eigenvalue is multiple, a graph numbered anew gets another basis: no invariant of the graph."""
     _, again, _, _ = told_apart("SignNet", CSL, [(0, 1)])
     assert again.min() > 10 * TOLERANCE
@@ -312,7 +312,7 @@ def test_sign_net_tells_a_graph_from_itself():
 @pytest.mark.parametrize(
     "name", ["sr25", *(pytest.param(f"BREC {part}", marks=pytest.mark.slow) for part in ("str", "4vtx", "dr"))]
 )
-def test_strongly_and_distance_regular_pairs_are_not_told_apart(geo_data, name):
+def test_check_8_strongly_and_distance_regular_pairs_are_not_told_apart(geo_data, name):
     """Spectral invariants and marked nodes stay below 2-FWL, which sees no difference in these."""
     graphs, pairs = load(geo_data, name)
     count, again, _, rest = told_apart("SPE, rho='gin'", graphs, pairs)
@@ -323,7 +323,7 @@ def test_strongly_and_distance_regular_pairs_are_not_told_apart(geo_data, name):
 
 
 @pytest.mark.parametrize("name", ["BREC basic", "BREC regular", "BREC extension"])
-def test_pairs_that_1_wl_takes_for_equal(geo_data, name):
+def test_check_8_pairs_that_1_wl_takes_for_equal(geo_data, name):
     """All are told apart by the spectrum without messages and by marked nodes without the spectrum, too."""
     graphs, pairs = load(geo_data, name)
     assert by_refinement(graphs, pairs) == 0
@@ -335,7 +335,7 @@ def test_pairs_that_1_wl_takes_for_equal(geo_data, name):
         assert in_the_limit(model, graphs, pairs) == len(pairs), model
 
 
-def test_marked_nodes_need_their_epsilon(geo_data):
+def test_check_8_marked_nodes_need_their_epsilon(geo_data):
     """With epsilon 0 a GIN takes a marked node for one of its neighbours, and loses two pairs."""
     graphs, pairs = load(geo_data, "BREC basic")
     module = spe(0, num_channels=1, phi=One(), rho="gin", rho_layers=6)
@@ -349,7 +349,7 @@ def test_marked_nodes_need_their_epsilon(geo_data):
 
 
 @pytest.mark.slow
-def test_cfi_pairs(geo_data):
+def test_check_8_cfi_pairs(geo_data):
     """Here the spectrum adds nothing to marked nodes; random weights in float64 see less than could be seen."""
     graphs, pairs = load(geo_data, "BREC cfi")
     assert by_refinement(graphs, pairs) == 0
@@ -360,7 +360,7 @@ def test_cfi_pairs(geo_data):
 
 
 @pytest.mark.slow
-def test_all_pairs_of_graph8c(geo_data):
+def test_check_8_all_pairs_of_graph8c(geo_data):
     graphs = list(Graph6(geo_data / "expressiveness" / "graph8c" / "graph8c.g6"))
     assert len(graphs) == 11117
     assert unresolved_by_refinement(graphs) == 312  # as published for 1-WL

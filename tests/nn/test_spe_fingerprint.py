@@ -74,17 +74,17 @@ RHO_8 = gin(6, 128, 8, 8, norm_between=False)
     ],
     ids=["none", "spe-37", "spe-37-norm", "spe-8", "signnet-8", "signnet-37"],
 )
-def test_the_published_counts_decompose(pieces, published):
+def test_check_10_the_published_counts_decompose(pieces, published):
     assert sum(pieces) == published
 
 
-def test_without_encoding():
+def test_check_10_without_encoding():
     assert count(model(200)) == 575_805
     assert count(model(128)) == base(128) == 239_493
     assert count(model(120)) == base(120) == 211_085
 
 
-def test_sign_net_with_8_eigenvectors():
+def test_check_10_sign_net_with_8_eigenvectors():
     pe = SignNet(
         8, k=8, phi_hidden=120, phi_layers=8, phi_channels=4, mlp_layers=3, rho_hidden=120, rho_layers=8,
         use_eigvals=False,
@@ -92,7 +92,7 @@ def test_sign_net_with_8_eigenvectors():
     assert count(model(120, pe)) == 631_585
 
 
-def test_sign_net_with_37_eigenvectors():
+def test_check_10_sign_net_with_37_eigenvectors():
     pe = SignNet(37, phi_hidden=120, phi_layers=8, mlp_layers=3, rho_hidden=120, rho_layers=8, use_eigvals=False)
     assert count(model(120, pe)) == 663_170
 
@@ -108,11 +108,11 @@ def test_plain_eigenvectors():
     assert count(EigenvectorPE(5, 8, use_eigvals=False, num_layers=3)) == mlp(8, 64, 5)
 
 
-def test_spe_with_37_eigenvectors():
+def test_check_10_spe_with_37_eigenvectors():
     pe = SPE(37, 16, phi="mlp", rho="gin", phi_hidden=16, phi_layers=3, rho_hidden=128, rho_layers=8)
     assert count(model(128, pe)) == 650_471 - unused(37)
 
 
-def test_spe_with_8_eigenvectors():
+def test_check_10_spe_with_8_eigenvectors():
     pe = SPE(8, 6, phi="deepsets", rho="gin", phi_hidden=16, phi_layers=4, rho_hidden=128, rho_layers=8)
     assert count(model(128, pe)) == 635_971 - unused(8)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch_geometric.data import Batch, Data, HeteroData, InMemoryDataset
 from torch_geometric.loader import DataLoader
+from torch_geometric.transforms import AddLaplacianEigenvectorPE
 
 from geo.testing import assert_close
 from geo.transforms import (
@@ -71,7 +72,7 @@ GRAPHS = {
 
 @pytest.mark.parametrize("name", GRAPHS)
 @pytest.mark.parametrize("normalization", ["sym", None])
-def test_full_spectrum_equals_networkx_and_numpy(name, normalization):
+def test_check_9_full_spectrum_equals_networkx_and_numpy(name, normalization):
     data = AddLaplacianSpectrum(normalization=normalization)(GRAPHS[name])
     laplacian = dense(GRAPHS[name], normalization == "sym")
     eigvecs = vectors(data)
@@ -81,6 +82,16 @@ def test_full_spectrum_equals_networkx_and_numpy(name, normalization):
     assert data.eig_count.tolist() == [data.num_nodes]
     assert data.eig_gap.tolist() == [math.inf]
     assert data.eigvals.min() >= 0
+
+
+def test_check_9_eigenvectors_of_pyg():
+    """Where the spectrum is simple and the graph connected, PyG's are ours from the second on, up to random signs."""
+    graph = undirected(nx.barbell_graph(4, 3))
+    graph.edge_index = torch.cat([graph.edge_index, torch.tensor([[0, 5], [5, 0]])], dim=1)
+    ours = AddLaplacianSpectrum(k=3)(graph)
+    assert ours.eigvals.diff().min() > 1e-3
+    theirs = AddLaplacianEigenvectorPE(2, attr_name="pe", is_undirected=True)(graph).pe
+    assert_close((vectors(ours)[:, 1:].float().t() @ theirs).abs(), torch.eye(2))
 
 
 def closed_form(graph: nx.Graph, normalization: str | None) -> Tensor:
@@ -171,7 +182,7 @@ def test_signs_are_deterministic():
 
 
 @pytest.mark.parametrize("dense_nodes", [1000, 0])
-def test_edge_order_repetition_and_loops_change_nothing(dense_nodes):
+def test_check_9_edge_order_repetition_and_loops_change_nothing(dense_nodes):
     data = weighted(60)
     order = torch.randperm(data.num_edges)
     again, loops = order[:20], torch.arange(5).repeat(2, 1)
