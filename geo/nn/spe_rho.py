@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -29,6 +30,12 @@ class MLP(nn.Module):
         self.norms = nn.ModuleList(nn.Identity() if norm is None else NORMS[norm](width) for width in hidden)
         self.act = activation(act)
         self.in_place = act == "relu"
+        self.plain = norm is None and act == "relu" and not last
+
+    @property
+    def _pullback(self) -> Callable[[Tensor, Tensor], tuple[Tensor, list[Tensor]]] | None:
+        """Input and gradient of the output to the gradients of the input and of the parameters."""
+        return functools.partial(_relu_pullback, self.linears, leading=False) if self.plain else None
 
     def forward(self, x: Tensor, real: Tensor | None = None) -> Tensor:
         """[..., F] to [..., F']; ``real`` [...] marks the rows that a batch norm reads."""
@@ -43,6 +50,32 @@ class MLP(nn.Module):
         norm = self.norms[i]
         x = _batch_norm(norm, x, real) if isinstance(norm, nn.BatchNorm1d) else norm(x)
         return x.relu_() if self.in_place else self.act(x)
+
+
+def _relu_pullback(linears: nn.ModuleList, x: Tensor, grad: Tensor, leading: bool) -> tuple[Tensor, list[Tensor]]:
+    """Gradients of linear layers with a ReLU behind each, and with ``leading`` one before, in place where it can be.
+
+    Args:
+        linears: The layers.
+        x: Their input [R, F], which is overwritten.
+        grad: The gradient of the output [R, F'], which is overwritten.
+        leading: Whether a ReLU comes first.
+
+    Returns:
+        The gradient of the input, and those of weight and bias of each layer.
+    """
+    x = x.relu_() if leading else x
+    inputs = []
+    for linear in linears:
+        inputs.append(x)
+        x = _linear(linear, x).relu_()
+    found: list[Tensor] = []
+    behind = torch.ops.aten.threshold_backward.grad_input
+    for i in reversed(range(len(inputs))):
+        grad = behind(grad, x, 0, grad_input=grad)
+        found = [grad.t() @ inputs[i], grad.sum(0), *found]
+        grad, x = grad @ linears[i].get_parameter("weight"), inputs[i]
+    return (behind(grad, x, 0, grad_input=grad) if leading else grad), found
 
 
 def _linear(linear: nn.Module, x: Tensor) -> Tensor:
@@ -76,6 +109,7 @@ class _Rest(nn.Module):
         super().__init__()
         self.linears, self.norms = mlp.linears[1:], mlp.norms
         self.between = mlp.between
+        self._pullback = functools.partial(_relu_pullback, self.linears, leading=True) if mlp.plain else None
 
     def forward(self, x: Tensor) -> Tensor:
         """[R, H] to [R, F]."""

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib
 import itertools
 import math
 from collections.abc import Callable
@@ -769,3 +770,30 @@ def test_states_are_kept_up_to_a_limit(rho, monkeypatch):
     assert not found[1 << 30][0]
     for got, wanted in zip(found[0][1], found[1 << 30][1], strict=True):
         close(got, wanted, 1e-10)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize(("channels", "layers"), [(4, 1), (4, 2), (4, 4), (1, 3)])
+@pytest.mark.parametrize("tile", [1, 10, 40, 8192])
+def test_gradients_by_hand(tile, channels, layers, frozen, monkeypatch):
+    """An MLP over pairs with ReLU and no norm has its gradient written out for the tiles of large graphs."""
+    eigvecs = torch.randn(25, 6, dtype=torch.float64, requires_grad=True)
+    filters = torch.randn(2, 6, channels, dtype=torch.float64, requires_grad=True)
+    ptr = torch.tensor([0, 21, 25])
+    calls = []
+    rectangle = importlib.import_module("geo.ops.spectral_filter")._Rectangle
+    by_hand = rectangle.gradients
+    monkeypatch.setattr(rectangle, "gradients", lambda *args: calls.append(1) or by_hand(*args))
+    network = spe_rho.RowNetwork(channels, 7, layers, None, "relu").double()
+    wanted = [eigvecs, filters, *network.parameters()]
+    if frozen and layers > 1:
+        network.mlp.linears[-1].weight.requires_grad_(False)
+        wanted = [t for t in wanted if t.requires_grad]
+    args = (eigvecs, filters, ptr, torch.empty(2, 0, dtype=torch.int64), None)
+    outs = [spe_rho.ColumnSum(network, None, tile, recompute)(*args) for recompute in (True, False)]
+    close(*outs)
+    cotangent = torch.randn_like(outs[0])
+    found, expected = (torch.autograd.grad(out, wanted, cotangent) for out in outs)
+    assert bool(calls) == (tile < 8192)
+    for got, right in zip(found, expected, strict=True):
+        close(got, right, 1e-11)
