@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from geo.datasets.cache import DamagedFileError
-    from geo.datasets.cycle_counting import CycleCounting, count_cycles
+    from geo.datasets.cycle_counting import CycleCounting, count_cycles, count_directed_cycles
     from geo.datasets.digit_points import DigitPoints
     from geo.datasets.enumerated_molecules import EnumeratedMolecules, penalized_logp
     from geo.datasets.force_field import ForceField
@@ -41,6 +41,7 @@ _HOME = {
     "SmilesTable": "smiles_table",
     "XTBTrajectory": "xtb_trajectory",
     "count_cycles": "cycle_counting",
+    "count_directed_cycles": "cycle_counting",
     "energy_shift": "molecules",
     "molecule_graph": "smiles_table",
     "penalized_logp": "enumerated_molecules",
@@ -60,6 +61,7 @@ __all__ = [
     "SmilesTable",
     "XTBTrajectory",
     "count_cycles",
+    "count_directed_cycles",
     "energy_shift",
     "molecule_graph",
     "penalized_logp",

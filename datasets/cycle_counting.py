@@ -41,16 +41,9 @@ def count_cycles(edge_index: Tensor, num_nodes: int) -> Tensor:
         >>> count_cycles(complete, 4).tolist()
         [4, 3, 0, 0]
     """
-    edges = edge_index.detach().cpu().numpy()
-    if edges.size and (edges.min() < 0 or edges.max() >= num_nodes):
-        raise ValueError(f"edge_index holds {edges.min()} to {edges.max()}, but there are {num_nodes} nodes")
-    a = np.zeros((num_nodes, num_nodes))
-    a[edges[0], edges[1]] = 1
-    np.fill_diagonal(a, 0)
+    a = _adjacency(edge_index, num_nodes)
     if not np.array_equal(a, a.T):
         raise ValueError("edge_index must hold both directions of every edge, as ToUndirected makes them")
-    if num_nodes * float(a.sum(1).max(initial=0)) ** 6 >= 2**53:
-        raise ValueError(f"the largest degree is {int(a.sum(1).max())}, too many for exact counts in float64")
     a2 = a @ a
     a3, a4 = a2 @ a, a2 @ a2
     degree, triangles, closed4 = np.diag(a2), np.diag(a3), np.diag(a4)
@@ -76,6 +69,52 @@ def count_cycles(edge_index: Tensor, num_nodes: int) -> Tensor:
     return torch.tensor([round(float(count)) for count in counts])
 
 
+def count_directed_cycles(edge_index: Tensor, num_nodes: int) -> Tensor:
+    r"""Count the directed cycles of 3, 4, 5 and 6 nodes in an oriented graph, exactly.
+
+    An oriented graph has no pair of opposite edges, so that closed walks of three, four and five steps are cycles; of
+    those of six steps are taken the walks that are two triangles with a common node.
+
+    Args:
+        edge_index: Edges from row 0 to row 1 [2, E]. Self-loops and repeated edges count as none and as one.
+        num_nodes: Number of nodes.
+
+    Returns:
+        Four counts, int64.
+
+    Raises:
+        ValueError: An index out of range, opposite edges, or a graph too dense to count exactly.
+
+    Example:
+        >>> import torch
+        >>> from geo.datasets import count_directed_cycles
+        >>> count_directed_cycles(torch.tensor([[0, 1, 2, 0], [1, 2, 0, 3]]), 4).tolist()
+        [1, 0, 0, 0]
+    """
+    a = _adjacency(edge_index, num_nodes)
+    if (a * a.T).any():
+        raise ValueError("edge_index holds opposite edges, but the graph must be oriented")
+    a2 = a @ a
+    a3 = a2 @ a
+    triangles = np.diag(a3)
+    twice = 3 * (triangles**2).sum() - 3 * (a * a2.T**2).sum() + triangles.sum()
+    counts = [triangles.sum() / 3, (a2 * a2.T).sum() / 4, (a2 * a3.T).sum() / 5, ((a3 * a3.T).sum() - twice) / 6]
+    return torch.tensor([round(float(count)) for count in counts])
+
+
+def _adjacency(edge_index: Tensor, num_nodes: int) -> np.ndarray:
+    """The matrix of a graph without loops, checked."""
+    edges = edge_index.detach().cpu().numpy()
+    if edges.size and (edges.min() < 0 or edges.max() >= num_nodes):
+        raise ValueError(f"edge_index holds {edges.min()} to {edges.max()}, but there are {num_nodes} nodes")
+    a = np.zeros((num_nodes, num_nodes))
+    a[edges[0], edges[1]] = 1
+    np.fill_diagonal(a, 0)
+    if num_nodes * float(a.sum(1).max(initial=0)) ** 6 >= 2**53:
+        raise ValueError(f"the largest degree is {int(a.sum(1).max())}, too many for exact counts in float64")
+    return a
+
+
 class CycleCounting(InMemoryDataset):
     """Random graphs with the numbers of their cycles of 3, 4, 5 and 6 nodes, for regression.
 
@@ -89,7 +128,8 @@ class CycleCounting(InMemoryDataset):
     splits have 30 %, 20 % and 50 % of the graphs, as there; which graph is drawn does not depend on the split.
 
     Items have ``x`` [V, 1] float32 (ones), ``edge_index`` [2, E] int64 with both directions, sorted, and ``y`` [1, 4]
-    float32, the counts (:func:`count_cycles`).
+    float32, the counts (:func:`count_cycles`). With `directed` each edge keeps one direction, drawn at random, and what
+    is counted are directed cycles (:func:`count_directed_cycles`).
 
     Args:
         root: Not used for files; kept for the interface of PyG.
@@ -99,6 +139,7 @@ class CycleCounting(InMemoryDataset):
         sizes: Nodes and degree of the regular graphs, one pair drawn for each graph.
         num_nodes: Nodes of an Erdős-Rényi graph.
         p: Probability of its edges.
+        directed: Give each edge one direction.
         seed: Seed of everything.
         transform: Applied on every access.
         pre_transform: Applied once, when the dataset is built; not stored.
@@ -124,6 +165,7 @@ class CycleCounting(InMemoryDataset):
         sizes: Sequence[tuple[int, int]] = ((10, 6), (15, 6), (20, 5), (30, 5)),
         num_nodes: int = 10,
         p: float = 0.3,
+        directed: bool = False,
         seed: int = 0,
         transform: Callable[..., Any] | None = None,
         pre_transform: Callable[..., Any] | None = None,
@@ -155,10 +197,14 @@ class CycleCounting(InMemoryDataset):
                 nodes = num_nodes
                 upper = np.stack(np.triu_indices(nodes, 1), axis=1)
                 pairs = upper[rng.random(len(upper)) < p]
-            both = np.concatenate([pairs, pairs[:, ::-1]])
-            both = both[np.lexsort((both[:, 1], both[:, 0]))]
-            edge_index = torch.as_tensor(both.T.astype(np.int64)).contiguous()
-            y = count_cycles(edge_index, nodes).to(torch.float32).view(1, 4)
+            if directed:
+                edges = np.where(rng.random((len(pairs), 1)) < 0.5, pairs, pairs[:, ::-1])
+            else:
+                edges = np.concatenate([pairs, pairs[:, ::-1]])
+            edges = edges[np.lexsort((edges[:, 1], edges[:, 0]))]
+            edge_index = torch.as_tensor(edges.T.astype(np.int64)).contiguous()
+            count = count_directed_cycles if directed else count_cycles
+            y = count(edge_index, nodes).to(torch.float32).view(1, 4)
             graphs.append(Data(x=torch.ones(nodes, 1), edge_index=edge_index, y=y))
         low, high = (round(share * num_graphs) for share in _SHARES[split])
         fill(self, graphs[low:high])

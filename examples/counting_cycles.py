@@ -10,6 +10,13 @@ network is the GINE of https://arxiv.org/abs/2310.02579, the same for all encodi
   rwpe     probabilities that random walks return
   none     no encoding
 
+With --directed each edge has one direction, the cycles are directed and messages go along the edges, those inside spe,
+too, whose spectrum is that of the graph without directions. Two more encodings:
+
+  magnetic  filters of the magnetic Laplacian at each node, sum_k phi(lambda_k) |V_ik|^2 at three potentials, which
+            depend on no choice of eigenvectors
+  walks     probabilities that walks along the edges, and against them, return
+
 One network learns all four counts. Two presets:
 
   small  graphs of 10 to 16 nodes and a network 32 wide: minutes on a CPU
@@ -17,6 +24,7 @@ One network learns all four counts. Two presets:
 
   python examples/counting_cycles.py                      # all five
   python examples/counting_cycles.py --models spe,none --seeds 3
+  python examples/counting_cycles.py --directed           # spe, magnetic, walks and none
   python examples/counting_cycles.py --preset paper --batch-size 128 --accelerator gpu
 """
 
@@ -46,15 +54,20 @@ from geo.training import (
     training_flags,
     write_atomic,
 )
-from geo.transforms import AddLaplacianSpectrum
+from geo.transforms import AddDirectedRandomWalkPE, AddLaplacianSpectrum, AddMagneticLaplacianSpectrum
 
 MODELS = {
     "spe": "SPE",
     "signnet": "SignNet",
     "raw": "eigenvectors, random signs",
     "rwpe": "random walks",
+    "magnetic": "magnetic Laplacian",
+    "walks": "directed random walks",
     "none": "no encoding",
 }
+UNDIRECTED = ("spe", "signnet", "raw", "rwpe", "none")
+DIRECTED = ("spe", "magnetic", "walks", "none")
+POTENTIALS = (0.05, 0.1, 0.2)
 LENGTHS = (3, 4, 5, 6)
 PRESETS: dict[str, dict[str, Any]] = {
     "small": {
@@ -82,6 +95,21 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
+class MagneticFilters(nn.Module):
+    """Of the eigenpairs at each potential q, the diagonal of V diag(phi(lambda)) V^*: real, and no matter which V."""
+
+    def __init__(self, out_channels: int, hidden: int) -> None:
+        super().__init__()
+        self.out_channels = out_channels
+        self.phi = nn.Sequential(nn.Linear(1, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU())
+        self.last = nn.Linear(len(POTENTIALS) * hidden, out_channels)
+
+    def forward(self, eigvals: Tensor, eigvecs: Tensor, edge_index: Tensor, batch: Tensor, eig_mask: Tensor) -> Tensor:
+        filters = self.phi(eigvals.unsqueeze(-1)) * eig_mask.unsqueeze(-1)  # [B, Q, K, F]
+        share = eigvecs.square().sum(-1)  # [N, Q, K]
+        return self.last(torch.einsum("nqk,nqkf->nqf", share, filters[batch]).flatten(1))
+
+
 class Counter(nn.Module):
     """The network with its encoding, called with a batch."""
 
@@ -106,12 +134,16 @@ class Counter(nn.Module):
             )
         elif name == "raw":
             pe = EigenvectorPE(hidden, k=args.max_nodes, hidden_channels=hidden, num_layers=3, norm=norm)
-        pe_dim = args.walk_length if name == "rwpe" else None
+        elif name == "magnetic":
+            pe = MagneticFilters(hidden, hidden)
+        pe_dim = {"rwpe": args.walk_length, "walks": 2 * args.walk_length}.get(name)
+        self.name = name
         self.net = GINE(1, hidden, layers, len(LENGTHS), pe=pe, pe_dim=pe_dim, pool="sum", norm=norm)
 
     def forward(self, batch: Any) -> Tensor:
         net = self.net
-        spectrum = None if net.pe is None else pad_spectrum(batch, dtype=batch.x.dtype)
+        names = ("mag_eigvals", "mag_eigvecs") if self.name == "magnetic" else ("eigvals", "eigvecs")
+        spectrum = None if net.pe is None else pad_spectrum(batch, batch.x.dtype, *names)
         pe = None if net.pe_dim is None else batch.pe
         return net(batch.x, batch.edge_index, None, batch.batch, spectrum, pe, batch.num_graphs)
 
@@ -123,11 +155,17 @@ def loss(prediction: Tensor, batch: Any) -> Tensor:
 def load(args: argparse.Namespace) -> tuple[dict[str, list[Any]], Tensor]:
     """Graphs of each part with standardised counts, spectra and return probabilities; and the deviations."""
     train, held = (16, 8) if args.smoke else (args.train, args.held)
-    graphs = list(CycleCounting(num_graphs=train + 2 * held, sizes=PRESETS[args.preset]["sizes"], seed=args.seed))
+    sizes = PRESETS[args.preset]["sizes"]
+    graphs = list(CycleCounting(num_graphs=train + 2 * held, sizes=sizes, directed=args.directed, seed=args.seed))
     began = time.perf_counter()
-    graphs = AddLaplacianSpectrum(dtype=torch.float32).transform_many(graphs)
+    graphs = AddLaplacianSpectrum(is_undirected=args.directed, dtype=torch.float32).transform_many(graphs)
+    walks: Any = AddRandomWalkPE(args.walk_length, attr_name="pe")
+    if args.directed:
+        graphs = AddMagneticLaplacianSpectrum(q=POTENTIALS, relative_q=False, dtype=torch.float32).transform_many(
+            graphs
+        )
+        walks = AddDirectedRandomWalkPE(args.walk_length, attr_name="pe")
     print(f"spectra of {len(graphs)} graphs: {time.perf_counter() - began:.2f} s")
-    walks = AddRandomWalkPE(args.walk_length, attr_name="pe")
     graphs = [walks(graph) for graph in graphs]
     counts = torch.cat([graph.y for graph in graphs[:train]])
     mean, std = counts.mean(0), counts.std(0)
@@ -174,6 +212,7 @@ def main(argv: list[str] | None = None) -> list[list[object]]:
     parser.add_argument(
         "--models", default="all", help=f"all, or of {', '.join(MODELS)} with commas (default: %(default)s)"
     )
+    parser.add_argument("--directed", action="store_true", help="count directed cycles in directed graphs")
     parser.add_argument("--seeds", type=int, default=1, help="runs of each, with other weights (default: %(default)s)")
     parser.add_argument(
         "--norm", choices=["layer_norm", "batch_norm"], default="batch_norm", help="(default: %(default)s)"
@@ -191,9 +230,11 @@ def main(argv: list[str] | None = None) -> list[list[object]]:
     budget = ", ".join(f"{name} {preset['epochs']}" for name, preset in PRESETS.items())
     training_flags(parser, out="runs/counting_cycles", batch_size=64, lr=None, budget=f"the preset's: {budget}")
     args = parser.parse_args(argv)
-    names = list(MODELS) if args.models == "all" else [name.strip() for name in args.models.split(",") if name.strip()]
-    if unknown := [name for name in names if name not in MODELS]:
-        parser.error(f"--models must be of {', '.join(MODELS)}; got {', '.join(unknown)}")
+    allowed = DIRECTED if args.directed else UNDIRECTED
+    names = list(allowed) if args.models == "all" else [name.strip() for name in args.models.split(",") if name.strip()]
+    if unknown := [name for name in names if name not in allowed]:
+        kind = " with --directed" if args.directed else ""
+        parser.error(f"--models must be of {', '.join(allowed)}{kind}; got {', '.join(unknown)}")
     if args.seeds < 1:
         parser.error(f"--seeds must be at least 1, got {args.seeds}")
     preset = PRESETS[args.preset]
@@ -241,7 +282,7 @@ def main(argv: list[str] | None = None) -> list[list[object]]:
         each = round(seconds / trained, 2) if trained else None
         rows.append([MODELS[name], *mean, size, round(epochs / len(runs)), each])
         spread.append(runs)
-    title = f"{len(parts['train'])} random graphs, preset {args.preset}"
+    title = f"{len(parts['train'])} random{' directed' if args.directed else ''} graphs, preset {args.preset}"
     picture(args.out / "errors.png", rows, spread, f"Counting cycles: {title}")
     curve_plot(args.out / "learning.png", curves, "epoch", "validation MAE / standard deviation", title)
     notes = [

@@ -7,7 +7,7 @@ import torch
 from torch_geometric.loader import DataLoader
 from torch_geometric.utils import from_networkx
 
-from geo.datasets import CycleCounting, count_cycles
+from geo.datasets import CycleCounting, count_cycles, count_directed_cycles
 
 
 def enumerated(graph: networkx.Graph) -> list[int]:
@@ -128,3 +128,32 @@ def test_batch():
 def test_refused_settings(settings, message):
     with pytest.raises(ValueError, match=message):
         CycleCounting(**{"num_graphs": 2, **settings})
+
+
+def oriented(num_nodes: int, p: float, seed: int) -> networkx.DiGraph:
+    rng = np.random.default_rng(seed)
+    graph = networkx.DiGraph()
+    graph.add_nodes_from(range(num_nodes))
+    edges = networkx.gnp_random_graph(num_nodes, p, seed=seed).edges
+    graph.add_edges_from((u, v) if rng.random() < 0.5 else (v, u) for u, v in edges)
+    return graph
+
+
+@pytest.mark.parametrize("p", [0.2, 0.5, 1.0])
+@pytest.mark.parametrize("num_nodes", [0, 1, 3, 6, 9, 11])
+def test_directed_counts_equal_enumeration(num_nodes, p):
+    for seed in range(3):
+        graph = oriented(num_nodes, p, seed)
+        edges = torch.tensor(list(graph.edges), dtype=torch.int64).view(-1, 2).t()
+        assert count_directed_cycles(edges, num_nodes).tolist() == enumerated(graph)
+
+
+def test_directed_graphs():
+    data = CycleCounting(num_graphs=20, sizes=[(12, 8)], directed=True)
+    assert data.y.sum(0).min() > 0
+    for graph in data:
+        assert graph.num_edges == 12 * 8 // 2 - 12
+        assert graph.is_directed()
+        assert torch.equal(graph.y[0].long(), count_directed_cycles(graph.edge_index, 12))
+    with pytest.raises(ValueError, match="opposite edges"):
+        count_directed_cycles(torch.tensor([[0, 1], [1, 0]]), 2)

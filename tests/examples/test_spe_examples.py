@@ -15,6 +15,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch_geometric.data import Batch, Data
+
+from geo.nn import pad_spectrum
+from geo.testing import assert_close
+from geo.transforms import AddMagneticLaplacianSpectrum
 
 for package in ("lightning", "matplotlib", "rdkit"):
     pytest.importorskip(package, reason=f"the examples need {package}")
@@ -44,6 +49,34 @@ def test_counting_cycles_runs_every_model(tmp_path):
         assert (tmp_path / name).is_file(), name
     again = smoke("counting_cycles", tmp_path, "--models", "spe", "--resume")
     assert again[0][6] == 2
+
+
+def test_counting_directed_cycles(tmp_path, capsys):
+    rows = smoke("counting_cycles", tmp_path, "--directed")
+    assert [row[0] for row in rows] == ["SPE", "magnetic Laplacian", "directed random walks", "no encoding"]
+    assert all(math.isfinite(value) for row in rows for value in row[1:5])
+    assert "random directed graphs" in (tmp_path / "table.md").read_text()
+    with pytest.raises(SystemExit):
+        smoke("counting_cycles", tmp_path, "--directed", "--models", "rwpe")
+    assert "--models must be of spe, magnetic, walks, none with --directed" in capsys.readouterr().err
+
+
+def test_magnetic_filters_depend_on_no_choice_of_eigenvectors():
+    """Another basis of each eigenspace of a directed ring and its union with itself changes nothing."""
+    module = example("counting_cycles")
+    ring = Data(edge_index=torch.tensor([[0, 1, 2, 3], [1, 2, 3, 0]]), num_nodes=4)
+    pair = Data(edge_index=torch.cat([ring.edge_index, ring.edge_index + 4], dim=1), num_nodes=8)  # all twice
+    spectra = AddMagneticLaplacianSpectrum(q=module.POTENTIALS, relative_q=False)
+    batch = Batch.from_data_list(spectra.transform_many([ring, pair]))
+    eigvals, eigvecs, mask = pad_spectrum(batch, torch.float64, "mag_eigvals", "mag_eigvecs")
+    filters = module.MagneticFilters(5, 8).double()
+    out = filters(eigvals, eigvecs, batch.edge_index, batch.batch, mask)
+    assert_close(out, out[:1].expand_as(out))  # all nodes are alike, alone and in a pair
+    other = Data(edge_index=torch.tensor([[0, 1, 2, 0], [1, 2, 3, 3]]), num_nodes=4)
+    batch = Batch.from_data_list(spectra.transform_many([other]))
+    eigvals, eigvecs, mask = pad_spectrum(batch, torch.float64, "mag_eigvals", "mag_eigvecs")
+    turned = filters(eigvals, eigvecs, batch.edge_index, batch.batch, mask)
+    assert float((turned - out[:4]).detach().abs().max()) > 1e-4  # one edge the other way round
 
 
 @pytest.mark.parametrize("preset", ["small", "paper"])
