@@ -13,8 +13,8 @@ network is the GINE of https://arxiv.org/abs/2310.02579, the same for all encodi
 With --directed each edge has one direction, the cycles are directed and messages go along the edges, those inside spe,
 too, whose spectrum is that of the graph without directions. Two more encodings:
 
-  magnetic  filters of the magnetic Laplacian at each node, sum_k phi(lambda_k) |V_ik|^2 at three potentials, which
-            depend on no choice of eigenvectors
+  magnetic  filters of the magnetic Laplacian at each node, sum_k phi(lambda_k) |V_ik|^2 at three potentials with a
+            few fixed phi, which depend on no choice of eigenvectors
   walks     probabilities that walks along the edges, and against them, return
 
 One network learns all four counts. Two presets:
@@ -96,18 +96,20 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 class MagneticFilters(nn.Module):
-    """Of the eigenpairs at each potential q, the diagonal of V diag(phi(lambda)) V^*: real, and no matter which V."""
+    """The diagonals of V diag(cos(k pi lambda / 2)) V^* at each potential, real and no matter which V, and an MLP."""
 
-    def __init__(self, out_channels: int, hidden: int) -> None:
+    def __init__(self, out_channels: int, hidden: int, orders: int = 12) -> None:
         super().__init__()
         self.out_channels = out_channels
-        self.phi = nn.Sequential(nn.Linear(1, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU())
-        self.last = nn.Linear(len(POTENTIALS) * hidden, out_channels)
+        self.register_buffer("frequency", math.pi / 2 * torch.arange(1.0, orders + 1), persistent=False)
+        self.mlp = nn.Sequential(
+            nn.Linear(len(POTENTIALS) * orders, hidden), nn.ReLU(), nn.Linear(hidden, out_channels)
+        )
 
     def forward(self, eigvals: Tensor, eigvecs: Tensor, edge_index: Tensor, batch: Tensor, eig_mask: Tensor) -> Tensor:
-        filters = self.phi(eigvals.unsqueeze(-1)) * eig_mask.unsqueeze(-1)  # [B, Q, K, F]
+        filters = (eigvals.unsqueeze(-1) * self.frequency).cos() * eig_mask.unsqueeze(-1)  # [B, Q, K, F]
         share = eigvecs.square().sum(-1)  # [N, Q, K]
-        return self.last(torch.einsum("nqk,nqkf->nqf", share, filters[batch]).flatten(1))
+        return self.mlp(torch.einsum("nqk,nqkf->nqf", share, filters[batch]).flatten(1))
 
 
 class Counter(nn.Module):
