@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from geo.nn.activations import activation
+from geo.nn.mlp import make_norm
 from geo.ops import SegmentPlan, gather_coo, gather_mul_segment_sum, segment_reduce
-
-_NORMS: dict[str, Any] = {"layer_norm": nn.LayerNorm, "batch_norm": nn.BatchNorm1d}
 
 
 class GatedGCNConv(nn.Module):
@@ -89,8 +86,6 @@ class GatedGCNConv(nn.Module):
         ):
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(f"{name} is {value!r}, but must be an integer of at least {least}")
-        if norm is not None and norm not in _NORMS:
-            raise ValueError(f"norm is {norm!r}, but must be 'layer_norm', 'batch_norm' or None")
         if not 0 <= dropout <= 1:
             raise ValueError(f"dropout is {dropout!r}, but must be between 0 and 1")
         if not eps > 0:
@@ -100,9 +95,8 @@ class GatedGCNConv(nn.Module):
         self.residual, self.update_edges = bool(residual), bool(update_edges)
         self.lin_node = nn.Linear(in_channels, 4 * out_channels)  # A, B, D, E; the bias of C is that of D
         self.lin_edge = nn.Linear(edge_dim, out_channels, bias=False) if edge_dim else None
-        make = nn.Identity if norm is None else _NORMS[norm]
-        self.norm_node = make(out_channels)
-        self.norm_edge = make(out_channels) if update_edges else None
+        self.norm_node = make_norm(norm, out_channels)
+        self.norm_edge = make_norm(norm, out_channels) if update_edges else None
         self._act = activation(act)
 
     def reset_parameters(self) -> None:

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch_geometric.nn.conv import GINEConv
 
-from geo.nn.activations import activation
+from geo.nn.mlp import MLP
 from geo.ops import scatter
-
-_NORMS: dict[str, Any] = {"layer_norm": nn.LayerNorm, "batch_norm": nn.BatchNorm1d}
 
 
 class GINE(nn.Module):
@@ -122,18 +118,19 @@ class GINE(nn.Module):
         self.in_channels, self.hidden_channels, self.out_channels = in_channels, hidden_channels, out_channels
         self.num_layers, self.node_types, self.edge_dim, self.edge_types = num_layers, node_types, edge_dim, edge_types
         self.pe, self.pe_dim, self.pool, self.norm, self.residual = pe, pe_dim, pool, norm, residual
-        inner: Any = (hidden_channels, mlp_layers, norm, dropout, act)
+        inner: Any = (mlp_layers, norm, act, dropout)
         self.encoder = _encoder(in_channels, node_types, hidden_channels)
         size = pe_dim if pe is None else int(pe.out_channels)  # type: ignore[arg-type]
         self.pe_lin = None if size is None else nn.Linear(size, hidden_channels)
         self.convs = nn.ModuleList(
-            GINEConv(_MLP(hidden_channels, hidden_channels, *inner), train_eps=True) for _ in range(num_layers)
+            GINEConv(MLP(hidden_channels, hidden_channels, hidden_channels, *inner), train_eps=True)
+            for _ in range(num_layers)
         )
         edges = edge_dim is not None or edge_types is not None
         self.edge_encoders = nn.ModuleList(
             _encoder(edge_dim, edge_types, hidden_channels) for _ in range(num_layers if edges else 0)
         )
-        self.head = None if out_channels is None else _MLP(hidden_channels, out_channels, *inner)
+        self.head = None if out_channels is None else MLP(hidden_channels, hidden_channels, out_channels, *inner)
 
     def reset_parameters(self) -> None:
         """Draws all weights anew."""
@@ -214,33 +211,6 @@ class GINE(nn.Module):
             f"{type(self).__name__}({self.in_channels}, {self.hidden_channels}, num_layers={self.num_layers}, "
             f"out_channels={self.out_channels}, {options}pool={self.pool!r}, norm={self.norm!r})"
         )
-
-
-class _MLP(nn.Module):
-    """Linear maps with normalisation and activation between them."""
-
-    def __init__(
-        self, in_channels: int, out_channels: int, hidden: int, layers: int, norm: str | None, dropout: float, act: str
-    ) -> None:
-        super().__init__()
-        if norm is not None and norm not in _NORMS:
-            raise ValueError(f"norm is {norm!r}, but must be 'layer_norm', 'batch_norm' or None")
-        sizes = [in_channels, *[hidden] * (layers - 1), out_channels]
-        self.lins = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(sizes))
-        make = nn.Identity if norm is None else _NORMS[norm]
-        self.norms = nn.ModuleList(make(hidden) for _ in range(layers - 1))
-        self._act, self.dropout = activation(act), float(dropout)
-
-    def reset_parameters(self) -> None:
-        for module in (*self.lins, *self.norms):
-            if not isinstance(module, nn.Identity):
-                module.reset_parameters()  # type: ignore[operator]
-
-    def forward(self, x: Tensor) -> Tensor:
-        for lin, norm in zip(self.lins[:-1], self.norms, strict=True):
-            x = F.dropout(self._act(norm(lin(x))), self.dropout, self.training)
-        out: Tensor = self.lins[-1](x)
-        return out
 
 
 def _encoder(channels: int | None, types: int | None, hidden: int) -> nn.Linear | nn.Embedding:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from geo.nn.activations import activation
+from geo.nn.mlp import MLP, make_norm
+from geo.nn.spectrum import check_edges, check_spectrum
 from geo.ops import SegmentPlan, gather_coo, gather_mul_segment_sum
-
-_NORMS: dict[str, Callable[[int], nn.Module]] = {"layer_norm": nn.LayerNorm, "batch_norm": nn.BatchNorm1d}
 
 
 class SignNet(nn.Module):
@@ -107,7 +105,7 @@ class SignNet(nn.Module):
         self.norm, self.act = norm, act
         widths = [1 + self.use_eigvals, *[phi_hidden] * (phi_layers - 1), phi_channels]
         self.phi = _GIN(widths, phi_hidden, mlp_layers, norm, act)
-        self.rho = _MLP(phi_channels * (k or 1), rho_hidden, out_channels, rho_layers, norm, act)
+        self.rho = MLP(phi_channels * (k or 1), rho_hidden, out_channels, rho_layers, norm, act)
 
     def reset_parameters(self) -> None:
         """Draws the weights anew."""
@@ -132,8 +130,8 @@ class SignNet(nn.Module):
             eig_mask: Which of them a graph has. (default: all)
             edge_weight: Factors of the messages. (default: 1)
         """
-        _check_spectrum(eigvals, eigvecs, batch, eig_mask)
-        _check_edges(edge_index, edge_weight)
+        check_spectrum(eigvals, eigvecs, batch, eig_mask)
+        check_edges(edge_index, edge_weight)
         dtype = self.rho.dtype
         num_nodes, k = eigvecs.size(0), eigvecs.size(1) if self.k is None else min(self.k, eigvecs.size(1))
         v, lam = eigvecs[:, :k].to(dtype), _of_nodes(eigvals[:, :k].to(dtype), batch, num_nodes)
@@ -241,7 +239,7 @@ class EigenvectorPE(nn.Module):
         self.out_channels, self.k, self.use_eigvals = out_channels, k, bool(use_eigvals)
         self.hidden_channels, self.num_layers = hidden_channels, num_layers
         self.random_sign, self.norm, self.act = bool(random_sign), norm, act
-        self.mlp = _MLP(k * (1 + self.use_eigvals), hidden_channels, out_channels, num_layers, norm, act)
+        self.mlp = MLP(k * (1 + self.use_eigvals), hidden_channels, out_channels, num_layers, norm, act)
 
     def reset_parameters(self) -> None:
         """Draws the weights anew."""
@@ -266,8 +264,8 @@ class EigenvectorPE(nn.Module):
             eig_mask: Which of them a graph has. (default: all)
             edge_weight: Not read.
         """
-        _check_spectrum(eigvals, eigvecs, batch, eig_mask)
-        _check_edges(edge_index, edge_weight)
+        check_spectrum(eigvals, eigvecs, batch, eig_mask)
+        check_edges(edge_index, edge_weight)
         num_nodes, k, dtype = eigvecs.size(0), min(self.k, eigvecs.size(1)), self.mlp.dtype
         x, lam = eigvecs[:, :k].to(dtype), _of_nodes(eigvals[:, :k].to(dtype), batch, num_nodes)
         if self.training and self.random_sign:
@@ -292,34 +290,14 @@ class EigenvectorPE(nn.Module):
         return f"{type(self).__name__}({self.extra_repr()})"
 
 
-class _MLP(nn.Module):
-    """Linear maps with a norm and an activation after each but the last."""
-
-    def __init__(self, width: int, hidden: int, out: int, num_layers: int, norm: str | None, act: str) -> None:
-        super().__init__()
-        widths = [width, *[hidden] * (num_layers - 1), out]
-        self.lins = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(widths))
-        self.norms = nn.ModuleList(_norm(norm, width) for width in widths[1:-1])
-        self._act = activation(act)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return next(self.parameters()).dtype
-
-    def forward(self, x: Tensor) -> Tensor:
-        for lin, norm in zip(self.lins[:-1], self.norms, strict=True):
-            x = self._act(norm(lin(x)))
-        return self.lins[-1](x)  # type: ignore[no-any-return]
-
-
 class _GIN(nn.Module):
     """GIN layers with a norm between them, over the rows of a plan."""
 
     def __init__(self, widths: list[int], hidden: int, mlp_layers: int, norm: str | None, act: str) -> None:
         super().__init__()
-        self.mlps = nn.ModuleList(_MLP(a, hidden, b, mlp_layers, norm, act) for a, b in pairwise(widths))
+        self.mlps = nn.ModuleList(MLP(a, hidden, b, mlp_layers, norm, act) for a, b in pairwise(widths))
         self.eps = nn.ParameterList(nn.Parameter(torch.zeros(1)) for _ in self.mlps)
-        self.norms = nn.ModuleList([*(_norm(norm, width) for width in widths[1:-1]), nn.Identity()])
+        self.norms = nn.ModuleList([*(make_norm(norm, width) for width in widths[1:-1]), nn.Identity()])
 
     def reset_parameters(self) -> None:
         for eps in self.eps:
@@ -330,14 +308,6 @@ class _GIN(nn.Module):
             received = gather_mul_segment_sum(x, weight.to(x.dtype), plan=plan)
             x = norm(mlp((1 + eps) * x + received))
         return x
-
-
-def _norm(norm: str | None, width: int) -> nn.Module:
-    if norm is None:
-        return nn.Identity()
-    if norm not in _NORMS:
-        raise ValueError(f"norm is {norm!r}, but must be 'layer_norm', 'batch_norm' or None")
-    return _NORMS[norm](width)
 
 
 def _reset(*modules: nn.Module) -> None:
@@ -356,29 +326,3 @@ def _check_sizes(**sizes: int) -> None:
     for name, value in sizes.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} is {value!r}, but must be an integer of at least 1")
-
-
-def _check_spectrum(eigvals: Tensor, eigvecs: Tensor, batch: Tensor | None, eig_mask: Tensor | None) -> None:
-    if eigvecs.dim() != 2 or not eigvecs.is_floating_point():
-        raise ValueError(f"eigvecs is {eigvecs.dtype} {tuple(eigvecs.shape)}, but must be floating (|V|, K)")
-    if eigvals.dim() != 2 or eigvals.size(1) != eigvecs.size(1) or not eigvals.is_floating_point():
-        wanted = f"floating (B, {eigvecs.size(1)})"
-        raise ValueError(f"eigvals is {eigvals.dtype} {tuple(eigvals.shape)}, but must be {wanted}, as eigvecs")
-    for name, value in (("eigvals", eigvals), ("eigvecs", eigvecs)):
-        if value.requires_grad:
-            raise ValueError(f"{name} requires a gradient, but none goes through an eigendecomposition: detach it")
-    if batch is None and eigvals.size(0) != 1:
-        raise ValueError(f"eigvals has {eigvals.size(0)} graphs, but without batch it must be one")
-    if batch is not None and (batch.shape != eigvecs.shape[:1] or batch.dtype != torch.int64):
-        wanted = f"int64 ({eigvecs.size(0)},)"
-        raise ValueError(f"batch is {batch.dtype} {tuple(batch.shape)}, but must be {wanted}")
-    if eig_mask is not None and (eig_mask.shape != eigvals.shape or eig_mask.dtype != torch.bool):
-        wanted = f"bool {tuple(eigvals.shape)}"
-        raise ValueError(f"eig_mask is {eig_mask.dtype} {tuple(eig_mask.shape)}, but must be {wanted}")
-
-
-def _check_edges(edge_index: Tensor, edge_weight: Tensor | None) -> None:
-    if edge_index.dim() != 2 or edge_index.size(0) != 2 or edge_index.dtype != torch.int64:
-        raise ValueError(f"edge_index is {edge_index.dtype} {tuple(edge_index.shape)}, but must be int64 (2, |E|)")
-    if edge_weight is not None and edge_weight.shape != edge_index.shape[1:]:
-        raise ValueError(f"edge_weight has shape {tuple(edge_weight.shape)}, but must be ({edge_index.size(1)},)")

@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from geo.nn.mlp import NORMS
 from geo.nn.spe_phi import DeepSetsFilter, MLPFilter, SplineFilter
-from geo.nn.spe_rho import NORMS, PairNetwork
+from geo.nn.spe_rho import PairNetwork
+from geo.nn.spectrum import check_edges, check_spectrum
 from geo.ops import bounds, spectral_filter
 
 _PHI = ("mlp", "deepsets", "spline")
@@ -226,12 +228,9 @@ class SPE(nn.Module):
             eig_mask: Where there is an eigenpair. (default: everywhere)
             edge_weight: Multiplies the messages of the GIN. (default: 1)
         """
-        if edge_index.dim() != 2 or edge_index.size(0) != 2:
-            raise ValueError(f"edge_index has shape {tuple(edge_index.shape)}, but must be (2, |E|)")
-        if edge_weight is not None and edge_weight.shape != edge_index.shape[1:]:
-            raise ValueError(f"edge_weight has shape {tuple(edge_weight.shape)}, but must be ({edge_index.size(1)},)")
+        check_edges(edge_index, edge_weight)
         eigvecs, filters, ptr = self._filters(eigvals, eigvecs, batch, eig_mask)
-        _check_edges(edge_index, ptr)
+        _refuse_crossing(edge_index, ptr)
         if isinstance(self.rho, PairNetwork):
             positions: Tensor = _run(self.rho, eigvecs, filters, ptr, edge_index, edge_weight)
             return positions
@@ -260,25 +259,8 @@ class SPE(nn.Module):
         self, eigvals: Tensor, eigvecs: Tensor, batch: Tensor | None, eig_mask: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Eigenvectors [N, K], filters [B, K, m], the first node of each graph [B + 1]."""
-        if eigvals.dim() != 2:
-            raise ValueError(f"eigvals has shape {tuple(eigvals.shape)}, but must be (B, K)")
-        num_graphs, width = eigvals.shape
-        if eigvecs.dim() != 2 or eigvecs.size(1) != width:
-            raise ValueError(f"eigvecs has shape {tuple(eigvecs.shape)}, but must be (|V|, {width})")
-        if eig_mask is not None and (eig_mask.shape != eigvals.shape or eig_mask.dtype != torch.bool):
-            raise ValueError(
-                f"eig_mask has shape {tuple(eig_mask.shape)} and dtype {eig_mask.dtype}, but must be "
-                f"({num_graphs}, {width}) and torch.bool"
-            )
-        for name, value in (("eigvals", eigvals), ("eigvecs", eigvecs)):
-            if not value.is_floating_point():
-                raise ValueError(f"{name} has dtype {value.dtype}, but must be a real floating point tensor")
-            if value.requires_grad:
-                raise ValueError(
-                    f"{name} requires grad, but the gradient of an eigendecomposition is infinite where eigenvalues "
-                    "coincide, so none is given; detach it"
-                )
-        ptr = _first_nodes(batch, eigvecs, num_graphs)
+        check_spectrum(eigvals, eigvecs, batch, eig_mask)
+        ptr = _first_nodes(batch, eigvecs, eigvals.size(0))
         mask = torch.ones_like(eigvals, dtype=torch.bool) if eig_mask is None else eig_mask
         if self.lipschitz is not None and self.taper is None:
             _refuse_cut(mask, ptr)
@@ -322,13 +304,7 @@ def _run(rho: PairNetwork, *args: Any) -> Tensor:
 def _first_nodes(batch: Tensor | None, eigvecs: Tensor, num_graphs: int) -> Tensor:
     num_nodes = eigvecs.size(0)
     if batch is None:
-        if num_graphs != 1:
-            raise ValueError(f"batch is missing, but eigvals has {num_graphs} rows, one for each graph")
         return torch.tensor([0, num_nodes], device=eigvecs.device)
-    if batch.shape != (num_nodes,) or batch.dtype != torch.int64:
-        raise ValueError(
-            f"batch has shape {tuple(batch.shape)} and dtype {batch.dtype}, but must be ({num_nodes},) and torch.int64"
-        )
     if bool((batch[1:] < batch[:-1]).any()):
         raise ValueError("batch is not sorted, but the nodes of each graph must stand together, graph after graph")
     if num_nodes and not 0 <= int(batch[0]) <= int(batch[-1]) < num_graphs:
@@ -339,7 +315,7 @@ def _first_nodes(batch: Tensor | None, eigvecs: Tensor, num_graphs: int) -> Tens
 
 
 @torch.compiler.disable
-def _check_edges(edge_index: Tensor, ptr: Tensor) -> None:
+def _refuse_crossing(edge_index: Tensor, ptr: Tensor) -> None:
     num_nodes = int(ptr[-1])
     for end in (0, 1):
         bounds.check_index("SPE", f"edge_index[{end}]", edge_index[end], num_nodes)

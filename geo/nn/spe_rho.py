@@ -5,16 +5,15 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from geo.nn.activations import activation
+from geo.nn.mlp import make_norm
 from geo.ops import csr_from_index, gather_mul_segment_sum
 from geo.ops.spectral_filter import NodeOrder, Padding, Tile, block, groups, spectral_filter, sum_tiles
 
-NORMS: dict[str, Any] = {"layer_norm": nn.LayerNorm, "batch_norm": nn.BatchNorm1d}
 KEPT = {"cpu": 1 << 28, "cuda": 1 << 33}  # bytes of states kept for the gradient rather than made again
 TILE_ROWS = {"cpu": 1 << 18, "cuda": 1 << 26}  # entries of a tensor of hidden states of a tile
 
@@ -27,7 +26,7 @@ class MLP(nn.Module):
         self.widths = tuple(widths)
         self.linears = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(widths))
         hidden = widths[1:-1] if last else widths[1:]
-        self.norms = nn.ModuleList(nn.Identity() if norm is None else NORMS[norm](width) for width in hidden)
+        self.norms = nn.ModuleList(make_norm(norm, width) for width in hidden)
         self.act = activation(act)
         self.in_place = act == "relu"
         self.plain = norm is None and act == "relu" and not last

@@ -90,3 +90,34 @@ def pad_spectrum(
     eigvecs = vectors.new_zeros(node_mask.shape + vectors.shape[1:], dtype=dtype)
     eigvecs[node_mask] = vectors.to(dtype)
     return eigvals, eigvecs, eig_mask
+
+
+def check_spectrum(eigvals: Tensor, eigvecs: Tensor, batch: Tensor | None, eig_mask: Tensor | None) -> None:
+    """Raise ValueError unless the padded eigenpairs of real spectra fit together and require no gradient."""
+    if eigvecs.dim() != 2 or not eigvecs.is_floating_point():
+        raise ValueError(f"eigvecs is {eigvecs.dtype} {tuple(eigvecs.shape)}, but must be floating (|V|, K)")
+    if eigvals.dim() != 2 or eigvals.size(1) != eigvecs.size(1) or not eigvals.is_floating_point():
+        wanted = f"floating (B, {eigvecs.size(1)})"
+        raise ValueError(f"eigvals is {eigvals.dtype} {tuple(eigvals.shape)}, but must be {wanted}, as eigvecs")
+    for name, value in (("eigvals", eigvals), ("eigvecs", eigvecs)):
+        if value.requires_grad:
+            raise ValueError(
+                f"{name} requires a gradient, but that of an eigendecomposition is infinite where eigenvalues "
+                "coincide, so none is given: detach it"
+            )
+    if batch is None and eigvals.size(0) != 1:
+        raise ValueError(f"eigvals has {eigvals.size(0)} graphs, but without batch it must be one")
+    if batch is not None and (batch.shape != eigvecs.shape[:1] or batch.dtype != torch.int64):
+        wanted = f"int64 ({eigvecs.size(0)},)"
+        raise ValueError(f"batch is {batch.dtype} {tuple(batch.shape)}, but must be {wanted}")
+    if eig_mask is not None and (eig_mask.shape != eigvals.shape or eig_mask.dtype != torch.bool):
+        wanted = f"bool {tuple(eigvals.shape)}"
+        raise ValueError(f"eig_mask is {eig_mask.dtype} {tuple(eig_mask.shape)}, but must be {wanted}")
+
+
+def check_edges(edge_index: Tensor, edge_weight: Tensor | None) -> None:
+    """Raise ValueError unless the edges are int64 (2, |E|) with as many weights."""
+    if edge_index.dim() != 2 or edge_index.size(0) != 2 or edge_index.dtype != torch.int64:
+        raise ValueError(f"edge_index is {edge_index.dtype} {tuple(edge_index.shape)}, but must be int64 (2, |E|)")
+    if edge_weight is not None and edge_weight.shape != edge_index.shape[1:]:
+        raise ValueError(f"edge_weight has shape {tuple(edge_weight.shape)}, but must be ({edge_index.size(1)},)")

@@ -472,9 +472,9 @@ def test_check_7_no_gradient_goes_through_the_decomposition():
         ("eigvals", (eigvals.clone().requires_grad_(), eigvecs)),
         ("eigvecs", (eigvals, eigvecs.clone().requires_grad_())),
     ):
-        with pytest.raises(ValueError, match=f"{name} requires grad"):
+        with pytest.raises(ValueError, match=f"{name} requires a gradient"):
             spe(*given, edge_index, batch, mask)
-        with pytest.raises(ValueError, match=f"{name} requires grad"):
+        with pytest.raises(ValueError, match=f"{name} requires a gradient"):
             spe.weight_matrices(*given)
 
 
@@ -692,18 +692,18 @@ def test_refused_inputs():
     spe = make()
     eigvals, eigvecs, edge_index, batch, mask = batched([random_graph(4), random_graph(3)])
     for given, message in (
-        ((eigvals[0], eigvecs, edge_index, batch), r"eigvals has shape \(4,\), but must be \(B, K\)"),
-        ((eigvals, eigvecs[:, :3], edge_index, batch), r"eigvecs has shape \(7, 3\), but must be \(\|V\|, 4\)"),
-        ((eigvals, eigvecs, edge_index[0], batch), "edge_index has shape"),
-        ((eigvals, eigvecs, edge_index), "batch is missing, but eigvals has 2 rows"),
+        ((eigvals[0], eigvecs, edge_index, batch), r"eigvals is torch.float64 \(4,\), but must be floating \(B, 4\)"),
+        ((eigvals, eigvecs[:, :3], edge_index, batch), r"eigvals is .* \(2, 4\), but must be floating \(B, 3\)"),
+        ((eigvals, eigvecs, edge_index[0], batch), "edge_index is torch.int64"),
+        ((eigvals, eigvecs, edge_index), "eigvals has 2 graphs, but without batch it must be one"),
         (
             (eigvals, eigvecs, edge_index, batch[1:]),
-            r"batch has shape \(6,\) and dtype torch.int64, but must be \(7,\)",
+            r"batch is torch.int64 \(6,\), but must be int64 \(7,\)",
         ),
         ((eigvals, eigvecs, edge_index, batch.flip(0)), "batch is not sorted"),
         ((eigvals, eigvecs, edge_index, batch + 1), "batch goes from 1 to 2, but eigvals has 2 rows"),
-        ((eigvals, eigvecs, edge_index, batch, mask.double()), "eig_mask has shape .* torch.float64"),
-        ((eigvals, eigvecs, edge_index, batch, mask[:1]), "eig_mask has shape"),
+        ((eigvals, eigvecs, edge_index, batch, mask.double()), r"eig_mask is torch.float64 .* must be bool \(2, 4\)"),
+        ((eigvals, eigvecs, edge_index, batch, mask[:1]), r"eig_mask is torch.bool \(1, 4\)"),
         ((eigvals, eigvecs, edge_index, batch, mask, batch.double()), "edge_weight has shape"),
         ((eigvals, eigvecs, torch.tensor([[0], [6]]), batch, mask), "edge_index joins nodes 0 and 6 of two graphs"),
     ):
