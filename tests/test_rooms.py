@@ -16,7 +16,7 @@ LAWS: dict[str, tuple[set[str], set[str]]] = {
     "ops": ({"geo.ops", "geo._native"}, {"torch"}),
     "geo/_native.py": ({"geo", "geo.ops"}, {"torch"}),
     "geo/o3": ({"geo.o3"}, {"torch", "numpy"}),
-    "geo/kernels.py": ({"geo.ops"}, {"torch", "numpy", "scipy"}),
+    "geo/kernels": ({"geo.ops", "geo.kernels"}, {"torch", "numpy", "scipy"}),
     "geo/gp.py": ({"geo.ops", "geo.kernels"}, {"torch", "numpy", "scipy"}),
     "geo/nn": ({"geo.ops", "geo.o3", "geo.kernels", "geo.nn"}, {"torch", "torch_geometric"}),
     "geo/transforms": (
