@@ -27,6 +27,7 @@ from geo.ops.gaunt import gaunt_product, gaunt_product_reference
 from geo.ops.gaunt_irreps import Blocks, gaunt_product_irreps, gaunt_product_irreps_reference
 from geo.ops.gelu import gelu, gelu_reference
 from geo.ops.irreps import pack_irreps, pack_irreps_reference, unpack_irreps, unpack_irreps_reference
+from geo.ops.pair_mlp import pair_mlp, pair_mlp_reference
 from geo.ops.plan import SegmentPlan, csr_from_index, csr_from_index_reference
 from geo.ops.random_walk import random_walk, random_walk_reference
 from geo.ops.scatter import (
@@ -106,6 +107,8 @@ __all__ = [
     "gelu_reference",
     "pack_irreps",
     "pack_irreps_reference",
+    "pair_mlp",
+    "pair_mlp_reference",
     "random_walk",
     "random_walk_reference",
     "scatter",
