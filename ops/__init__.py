@@ -26,6 +26,8 @@ from geo.ops.gather_tensor_product import (
 from geo.ops.gaunt import gaunt_product, gaunt_product_reference
 from geo.ops.gaunt_irreps import Blocks, gaunt_product_irreps, gaunt_product_irreps_reference
 from geo.ops.gelu import gelu, gelu_reference
+from geo.ops.grf_paths import grf_paths, grf_paths_reference
+from geo.ops.grf_walks import WalkDeposits, grf_walks, grf_walks_reference
 from geo.ops.irreps import pack_irreps, pack_irreps_reference, unpack_irreps, unpack_irreps_reference
 from geo.ops.pair_mlp import pair_mlp, pair_mlp_reference
 from geo.ops.plan import SegmentPlan, csr_from_index, csr_from_index_reference
@@ -82,6 +84,7 @@ _native.load()
 __all__ = [
     "Blocks",
     "SegmentPlan",
+    "WalkDeposits",
     "check_bounds",
     "csr_from_index",
     "csr_from_index_reference",
@@ -105,6 +108,10 @@ __all__ = [
     "gaunt_product_reference",
     "gelu",
     "gelu_reference",
+    "grf_paths",
+    "grf_paths_reference",
+    "grf_walks",
+    "grf_walks_reference",
     "pack_irreps",
     "pack_irreps_reference",
     "pair_mlp",

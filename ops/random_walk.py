@@ -8,6 +8,7 @@ the compiled kernels and this file draw the same bits.
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -74,16 +75,22 @@ def random_walk(
         [[[1, 2, 0, 1, 2]]]
     """
     args = _checked(rowptr, col, start, walk_length, num_walks, seed, non_backtracking, p_halt, node_key, first_walk)
+    nodes, edges = call("random_walk", torch.ops.geo.random_walk, (*args, return_edges))
+    return (nodes, edges) if return_edges else nodes
+
+
+def call(name: str, op: Any, args: tuple[Any, ...]) -> Any:
+    """``op(*args)``, whose first arguments are rowptr, col and start, whose names an IndexError has."""
+    rowptr, col, start = args[:3]
     num_nodes = rowptr.size(0) - 1
     checks = (("src_index", start, num_nodes - 1), ("dst_index", col, num_nodes - 1), ("ptr", rowptr, col.size(0)))
     try:
-        nodes, edges = bounds.call("random_walk", torch.ops.geo.random_walk, (*args, return_edges), checks)
+        return bounds.call(name, op, args, checks)
     except IndexError as err:  # the CUDA kernel's flag has other names
         text = str(err)
-        for flag, name in (("src_index", "start"), ("dst_index", "col"), ("ptr", "rowptr")):
-            text = re.sub(rf" {flag}\[", f" {name}[", text)
+        for flag, argument in (("src_index", "start"), ("dst_index", "col"), ("ptr", "rowptr")):
+            text = re.sub(rf" {flag}\[", f" {argument}[", text)
         raise IndexError(text) from None
-    return (nodes, edges) if return_edges else nodes
 
 
 def _checked(
@@ -111,10 +118,10 @@ def _checked(
             raise ValueError(f"{name}: expected a number of at least 0, got {count}")
     if not 0 <= p_halt <= 1:
         raise ValueError(f"p_halt: expected a probability in [0, 1], got {p_halt}")
-    return rowptr, col, start, node_key, walk_length, num_walks, _signed(seed), first_walk, non_backtracking, p_halt
+    return rowptr, col, start, node_key, walk_length, num_walks, signed(seed), first_walk, non_backtracking, p_halt
 
 
-def _signed(seed: int) -> int:
+def signed(seed: int) -> int:
     """The lower 64 bits of a seed, as the int64 that an op takes."""
     return (seed + 2**63) % 2**64 - 2**63
 
@@ -159,7 +166,7 @@ def _product(factor: int, word: Tensor) -> tuple[Tensor, Tensor]:
     return high >> 16, (high & 0xFFFF) << 16 | low & 0xFFFF
 
 
-def _below(words: tuple[Tensor, ...], n: Tensor) -> Tensor:
+def below(words: tuple[Tensor, ...], n: Tensor) -> Tensor:
     """A number below each n < 2^31: n times 64 random bits, less the lower 64 bits of the product."""
     return words[0] * n + (words[1] * n >> 32) >> 32
 
@@ -190,18 +197,14 @@ def _kernel(
         words = philox(seed, *counter, torch.zeros_like(key))
         if halt_below:
             at = torch.where(words[2] < halt_below, -1, at)
-        begin, degree = _rows(rowptr, col.size(0), at)
+        begin, degree = rows_of("random_walk", rowptr, col.size(0), at)
         moving = degree.nonzero().flatten()
         edge = torch.full_like(at, -1)
-        taken = (begin + _below(words, degree))[moving]
+        taken = (begin + below(words, degree))[moving]
         if non_backtracking:
             walker = tuple(t[moving] for t in (*counter, begin, degree, before))
             taken = _redraw(col, seed, taken, *walker)
-        target = col[taken]
-        bad = (target < 0) | (target >= num_nodes)
-        if bool(bad.any()):
-            position = int(taken[bad].min())
-            raise IndexError(bounds.out_of_range("random_walk", "col", position, int(col[position]), 0, num_nodes - 1))
+        target = targets_of("random_walk", col, taken, num_nodes)
         edge[moving] = taken
         before = torch.where(edge < 0, before, at)
         at = at.index_copy(0, moving, target)
@@ -214,7 +217,7 @@ def _kernel(
     return out, torch.stack(edges, dim=-1).view(*shape, walk_length) if edges else start.new_empty((*shape, 0))
 
 
-def _rows(rowptr: Tensor, num_edges: int, node: Tensor) -> tuple[Tensor, Tensor]:
+def rows_of(op: str, rowptr: Tensor, num_edges: int, node: Tensor) -> tuple[Tensor, Tensor]:
     """The first edge and the number of edges of each node; none for node -1."""
     present = node >= 0
     inside = node.clamp(min=0)
@@ -224,8 +227,18 @@ def _rows(rowptr: Tensor, num_edges: int, node: Tensor) -> tuple[Tensor, Tensor]
         outside = (begin < 0) | (begin > num_edges)
         position = int(torch.where(outside, inside, inside + 1)[bad].min())
         low = int(rowptr[position - 1]) if position else 0
-        raise IndexError(bounds.out_of_range("random_walk", "rowptr", position, int(rowptr[position]), low, num_edges))
+        raise IndexError(bounds.out_of_range(op, "rowptr", position, int(rowptr[position]), low, num_edges))
     return begin, end - begin
+
+
+def targets_of(op: str, col: Tensor, edge: Tensor, num_nodes: int) -> Tensor:
+    """Where each edge leads."""
+    target = col[edge]
+    bad = (target < 0) | (target >= num_nodes)
+    if bool(bad.any()):
+        position = int(edge[bad].min())
+        raise IndexError(bounds.out_of_range(op, "col", position, int(col[position]), 0, num_nodes - 1))
+    return target
 
 
 def _redraw(
@@ -244,7 +257,7 @@ def _redraw(
     again = ((col[edge] == before) & (degree > 1)).nonzero().flatten()
     for kind in range(1, _REDRAWS):
         words = philox(seed, key[again], walk[again], step[again], torch.full_like(again, kind))
-        edge[again] = begin[again] + _below(words, degree[again])
+        edge[again] = begin[again] + below(words, degree[again])
         again = again[col[edge[again]] == before[again]]
     # What is left stands in short rows, or in rows of many edges to one node: count the edges that lead elsewhere.
     words = philox(seed, key[again], walk[again], step[again], torch.full_like(again, _REDRAWS))
@@ -254,7 +267,7 @@ def _redraw(
     elsewhere = col[place] != before[again][owner]
     others = torch.zeros_like(again).index_add(0, owner, elsewhere.long())
     rank = elsewhere.long().cumsum(0) - 1 - (others.cumsum(0) - others)[owner]
-    chosen = elsewhere & (rank == _below(words, others)[owner])
+    chosen = elsewhere & (rank == below(words, others)[owner])
     edge[again[owner[chosen]]] = place[chosen]
     return edge
 
