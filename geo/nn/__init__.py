@@ -14,7 +14,9 @@ from geo.nn.gated_gcn import GatedGCN
 from geo.nn.gated_gcn_conv import GatedGCNConv
 from geo.nn.gaunt import GauntTensorProduct, as_e3nn
 from geo.nn.gaunt_power import GauntPower
+from geo.nn.grf_linear_attention import GRFLinearAttention
 from geo.nn.kernel_basis import KernelBasis
+from geo.nn.learnable_modulation import LearnableModulation
 from geo.nn.mamba import BiMamba, SelectiveSSM
 from geo.nn.node_order import NodeOrder
 from geo.nn.orientation_grid import FrameGrid, OrientationGrid
@@ -48,6 +50,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "GINE",
+    "GRFLinearAttention",
     "PONITA",
     "BiMamba",
     "ConvNeXtBlock",
@@ -62,6 +65,7 @@ __all__ = [
     "GauntTensorProduct",
     "GraphMamba",
     "KernelBasis",
+    "LearnableModulation",
     "MaxAggregation",
     "MPNNTokenEncoder",
     "MeanAggregation",
