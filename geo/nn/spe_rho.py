@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from geo.nn.activations import activation
 from geo.nn.mlp import make_norm
-from geo.ops import csr_from_index, gather_mul_segment_sum
+from geo.ops import csr_from_index, gather_mul_segment_sum, pair_mlp
 from geo.ops.spectral_filter import NodeOrder, Padding, Tile, block, groups, spectral_filter, sum_tiles
 
 KEPT = {"cpu": 1 << 28, "cuda": 1 << 33}  # bytes of states kept for the gradient rather than made again
@@ -31,11 +30,6 @@ class MLP(nn.Module):
         self.in_place = act == "relu"
         self.plain = norm is None and act == "relu" and not last
 
-    @property
-    def _pullback(self) -> Callable[[Tensor, Tensor], tuple[Tensor, list[Tensor]]] | None:
-        """Input and gradient of the output to the gradients of the input and of the parameters."""
-        return functools.partial(_relu_pullback, self.linears, leading=False) if self.plain else None
-
     def forward(self, x: Tensor, real: Tensor | None = None) -> Tensor:
         """[..., F] to [..., F']; ``real`` [...] marks the rows that a batch norm reads."""
         for i, linear in enumerate(self.linears):
@@ -49,32 +43,6 @@ class MLP(nn.Module):
         norm = self.norms[i]
         x = _batch_norm(norm, x, real) if isinstance(norm, nn.BatchNorm1d) else norm(x)
         return x.relu_() if self.in_place else self.act(x)
-
-
-def _relu_pullback(linears: nn.ModuleList, x: Tensor, grad: Tensor, leading: bool) -> tuple[Tensor, list[Tensor]]:
-    """Gradients of linear layers with a ReLU behind each, and with ``leading`` one before, in place where it can be.
-
-    Args:
-        linears: The layers.
-        x: Their input [R, F], which is overwritten.
-        grad: The gradient of the output [R, F'], which is overwritten.
-        leading: Whether a ReLU comes first.
-
-    Returns:
-        The gradient of the input, and those of weight and bias of each layer.
-    """
-    x = x.relu_() if leading else x
-    inputs = []
-    for linear in linears:
-        inputs.append(x)
-        x = _linear(linear, x).relu_()
-    found: list[Tensor] = []
-    behind = torch.ops.aten.threshold_backward.grad_input
-    for i in reversed(range(len(inputs))):
-        grad = behind(grad, x, 0, grad_input=grad)
-        found = [grad.t() @ inputs[i], grad.sum(0), *found]
-        grad, x = grad @ linears[i].get_parameter("weight"), inputs[i]
-    return (behind(grad, x, 0, grad_input=grad) if leading else grad), found
 
 
 def _linear(linear: nn.Module, x: Tensor) -> Tensor:
@@ -93,12 +61,16 @@ def _batch_norm(norm: nn.BatchNorm1d, x: Tensor, real: Tensor | None) -> Tensor:
     return out
 
 
-def _folds(mlp: MLP, filters: Tensor) -> bool:
-    """Whether the first layer, linear as W is in the filters, is better applied to those."""
+def _folded(mlp: MLP, filters: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The filters; where that is cheaper with the first layer applied, linear as W is in them, but for its bias."""
     if not mlp.linears:
-        return False
+        return filters, None
     width, channels, hidden = filters.size(1), filters.size(2), mlp.widths[1]
-    return (width + 1) * hidden <= 1.5 * channels * (width + hidden)
+    if (width + 1) * hidden > 1.5 * channels * (width + hidden):
+        return filters, None
+    with torch.autocast(filters.device.type, enabled=False):
+        filters = filters @ mlp.linears[0].get_parameter("weight").t()
+    return filters, mlp.linears[0].get_parameter("bias")
 
 
 class _Rest(nn.Module):
@@ -108,7 +80,6 @@ class _Rest(nn.Module):
         super().__init__()
         self.linears, self.norms = mlp.linears[1:], mlp.norms
         self.between = mlp.between
-        self._pullback = functools.partial(_relu_pullback, self.linears, leading=True) if mlp.plain else None
 
     def forward(self, x: Tensor) -> Tensor:
         """[R, H] to [R, F]."""
@@ -173,6 +144,11 @@ class ColumnSum(nn.Module):
     ) -> Tensor:
         """Eigenvectors [N, K] and filters [B, K, m] to [N, F]."""
         sampled = self.num_columns is not None and self.training
+        if isinstance(self.network, RowNetwork) and self.network.mlp.plain and not sampled:
+            filters, bias = _folded(self.network.mlp, filters)
+            linears = self.network.mlp.linears[bias is not None :]
+            weights, biases = ([linear.get_parameter(name) for linear in linears] for name in ("weight", "bias"))
+            return pair_mlp(eigvecs, filters, ptr, weights, biases, bias)
         recompute = self.recompute
         if self.together:
             recompute = False  # a batch norm counts what it sees
@@ -180,12 +156,10 @@ class ColumnSum(nn.Module):
             recompute = self._states(ptr, sampled) * eigvecs.element_size() > KEPT.get(ptr.device.type, KEPT["cuda"])
         if isinstance(self.network, RowNetwork) and not sampled and not self.together:
             fn: nn.Module = self.network.mlp
-            if _folds(self.network.mlp, filters):
-                first, fn = self.network.mlp.linears[0], _Rest(self.network.mlp)
-                bias = first.get_parameter("bias").expand(len(filters), 1, -1)
-                with torch.autocast(filters.device.type, enabled=False):
-                    filters = torch.cat([filters @ first.get_parameter("weight").t(), bias], dim=1)
-                eigvecs = nn.functional.pad(eigvecs, (0, 1), value=1.0)
+            filters, bias = _folded(self.network.mlp, filters)
+            if bias is not None:
+                filters = torch.cat([filters, bias.expand(len(filters), 1, -1)], dim=1)
+                eigvecs, fn = nn.functional.pad(eigvecs, (0, 1), value=1.0), _Rest(self.network.mlp)
             return spectral_filter(eigvecs, filters, ptr, fn, tile=self.tile, recompute=recompute)
         order = NodeOrder(ptr)
         num_nodes = eigvecs.size(0)

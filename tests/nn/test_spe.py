@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import importlib
 import itertools
 import math
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from torch_geometric.data import Data
 from geo.bench import peak_extra_memory
 from geo.bench.spe import loop
 from geo.nn import SPE, SignNet, pad_spectrum, spe_rho
+from geo.ops import pair_mlp, spectral_filter
 from geo.testing import assert_alone_equals_batched, assert_permutation_equivariant, assert_state_dict_roundtrip
 from geo.transforms import AddLaplacianSpectrum
 
@@ -773,27 +773,27 @@ def test_states_are_kept_up_to_a_limit(rho, monkeypatch):
 
 
 @pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize(("norm", "act"), [(None, "relu"), ("layer_norm", "relu"), (None, "silu")])
 @pytest.mark.parametrize(("channels", "layers"), [(4, 1), (4, 2), (4, 4), (1, 3)])
-@pytest.mark.parametrize("tile", [1, 10, 40, 8192])
-def test_gradients_by_hand(tile, channels, layers, frozen, monkeypatch):
-    """An MLP over pairs with ReLU and no norm has its gradient written out for the tiles of large graphs."""
+def test_mlp_as_an_op_equals_tiles(channels, layers, norm, act, frozen, monkeypatch):
+    """With ReLU and no norm an MLP over pairs is one op, also where its first layer is folded into the filters."""
     eigvecs = torch.randn(25, 6, dtype=torch.float64, requires_grad=True)
     filters = torch.randn(2, 6, channels, dtype=torch.float64, requires_grad=True)
     ptr = torch.tensor([0, 21, 25])
     calls = []
-    rectangle = importlib.import_module("geo.ops.spectral_filter")._Rectangle
-    by_hand = rectangle.gradients
-    monkeypatch.setattr(rectangle, "gradients", lambda *args: calls.append(1) or by_hand(*args))
-    network = spe_rho.RowNetwork(channels, 7, layers, None, "relu").double()
+    monkeypatch.setattr(spe_rho, "pair_mlp", lambda *args: calls.append(1) or pair_mlp(*args))
+    network = spe_rho.RowNetwork(channels, 7, layers, norm, act).double()
     wanted = [eigvecs, filters, *network.parameters()]
     if frozen and layers > 1:
         network.mlp.linears[-1].weight.requires_grad_(False)
         wanted = [t for t in wanted if t.requires_grad]
-    args = (eigvecs, filters, ptr, torch.empty(2, 0, dtype=torch.int64), None)
-    outs = [spe_rho.ColumnSum(network, None, tile, recompute)(*args) for recompute in (True, False)]
-    close(*outs)
-    cotangent = torch.randn_like(outs[0])
-    found, expected = (torch.autograd.grad(out, wanted, cotangent) for out in outs)
-    assert bool(calls) == (tile < 8192)
-    for got, right in zip(found, expected, strict=True):
-        close(got, right, 1e-11)
+    out = spe_rho.ColumnSum(network, None, None, None)(
+        eigvecs, filters, ptr, torch.empty(2, 0, dtype=torch.int64), None
+    )
+    expected = spectral_filter(eigvecs, filters, ptr, network.mlp)
+    assert bool(calls) == (norm is None and act == "relu")
+    close(out, expected)
+    cotangent = torch.randn_like(out)
+    found, right = (torch.autograd.grad(o, wanted, cotangent) for o in (out, expected))
+    for a, b in zip(found, right, strict=True):
+        close(a, b, 1e-11)
