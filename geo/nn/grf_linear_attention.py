@@ -148,7 +148,7 @@ class GRFLinearAttention(nn.Module):
         self.lin_v = nn.Linear(channels, channels, bias)
         self.lin_out = nn.Linear(channels, channels, bias)
         self.register_buffer("seed", torch.zeros((), dtype=torch.int64))
-        self._kept: tuple[FeatureMap, FeatureMap] | None = None
+        self._kept: tuple[torch.dtype, torch.device, tuple[FeatureMap, FeatureMap]] | None = None
         self.resample()
         # refuses what the walks would refuse
         grf_walks(torch.zeros(1, dtype=torch.int64), torch.zeros(0, dtype=torch.int64), torch.zeros(0), **self._law(0))
@@ -239,7 +239,10 @@ class GRFLinearAttention(nn.Module):
             raise ValueError(f"batch has shape {tuple(batch.shape)}, but must be ({x.size(0)},)")
         dtype = x.dtype if x.dtype == torch.float64 else torch.float32
         psi1, psi2 = self._features(x, edge_index, batch, edge_weight, walks, dtype)
-        q, k, v = (lin(x).to(dtype).view(x.size(0), self.heads, -1) for lin in (self.lin_q, self.lin_k, self.lin_v))
+        q, k, v = (
+            lin(x).to(dtype).view(x.size(0), self.heads, self.channels // self.heads)
+            for lin in (self.lin_q, self.lin_k, self.lin_v)
+        )
         with torch.autocast(x.device.type, enabled=False):
             out = masked_linear_attention(self._map(q), self._map(k), v, psi1, psi2, self.normalize)
         attended: Tensor = self.lin_out(out.flatten(1).to(x.dtype))
@@ -257,14 +260,16 @@ class GRFLinearAttention(nn.Module):
     ) -> tuple[SparseFeatures, SparseFeatures]:
         num_nodes = x.size(0)
         if walks is None:
-            walks = self._kept
             if self.cached and edge_weight is not None and edge_weight.requires_grad:
                 raise ValueError(
                     "edge_weight requires grad, but cached=True keeps walks of fixed weights: set it False"
                 )
-            if walks is None:
-                walks = self.sample(edge_index, num_nodes, batch, edge_weight, dtype)
-                self._kept = cast("tuple[FeatureMap, FeatureMap]", walks) if self.cached else None
+            if self._kept is not None and self._kept[:2] == (dtype, x.device):
+                walks = self._kept[2]
+            else:
+                drawn = self.sample(edge_index, num_nodes, batch, edge_weight, dtype)
+                self._kept = (dtype, x.device, drawn) if self.cached else None
+                walks = drawn
         f = self.modulation()
         maps = [
             FeatureMap(item, num_nodes, f.size(0)) if isinstance(item, WalkDeposits) else item
@@ -280,7 +285,11 @@ class GRFLinearAttention(nn.Module):
 
     def extra_repr(self) -> str:
         """Sizes and options."""
-        name = self.feature_map if isinstance(self.feature_map, str) else getattr(self.feature_map, "__name__", "")
+        name = (
+            self.feature_map
+            if isinstance(self.feature_map, str)
+            else getattr(self.feature_map, "__name__", type(self.feature_map).__name__)
+        )
         return (
             f"{self.channels}, heads={self.heads}, feature_map={name!r}, num_walks={self.num_walks}, "
             f"p_halt={self.p_halt}, coupling={self.coupling!r}, proposal={self.proposal!r}, "
