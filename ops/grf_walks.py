@@ -110,8 +110,8 @@ def grf_walks(
     args = path_args(rowptr, col, start, node_key, None, units, law, max_length)
     if weight.requires_grad and torch.is_grad_enabled():
         ptr, node, edge = call("grf_walks", torch.ops.geo.grf_paths, args)
-        steps = _steps_of_paths(ptr, node, edge)
-        return _deposits(steps, rowptr, weight, units, law, start.size(0))
+        steps = steps_of_paths(ptr, node, edge)
+        return deposits_of(steps, rowptr, weight, units, law, start.size(0))
     compute = weight.detach() if weight.dtype in (torch.float32, torch.float64) else weight.detach().float()
     ptr, to, length, value = call("grf_walks", torch.ops.geo.grf_walks, (*args[:3], compute, node_key, *args[5:]))
     return WalkDeposits(ptr, to, length, value.to(weight.dtype))
@@ -141,10 +141,10 @@ def grf_walks_reference(
     units = checked_graph("grf_walks", rowptr, col, weight, start, node_key, proposal, law)
     longest = LONGEST if max_length is None else max_length
     steps = steps_of(rowptr, col, start, node_key, None, units, law, longest, "grf_walks")
-    return _deposits(steps, rowptr, weight, units, law, start.size(0))
+    return deposits_of(steps, rowptr, weight, units, law, start.size(0))
 
 
-def _steps_of_paths(ptr: Tensor, node: Tensor, edge: Tensor) -> list[Step]:
+def steps_of_paths(ptr: Tensor, node: Tensor, edge: Tensor) -> list[Step]:
     """The steps of walks whose paths stand one after the other."""
     walker = torch.arange(len(ptr) - 1, device=ptr.device)
     count, position, kept = ptr.diff(), ptr[:-1], walker
@@ -155,34 +155,42 @@ def _steps_of_paths(ptr: Tensor, node: Tensor, edge: Tensor) -> list[Step]:
     return steps
 
 
-def _deposits(
+def deposits_of(
     steps: list[Step], rowptr: Tensor, weight: Tensor, units: Tensor | None, law: WalkLaw, num_starts: int
 ) -> WalkDeposits:
     """The loads of all walks, sorted and summed."""
     compute = weight if weight.dtype == torch.float64 else weight.float()
-    factor = compute * _over_probability(rowptr, units, compute)
-    gain = compute.new_tensor(_gains(law))
+    factor = compute * over_probability(rowptr, units, compute)
+    gain = compute.new_tensor(gains(law))
     load = compute.new_ones(len(steps[0].walker))
     loads = [load]
     for taken, step in enumerate(steps[1:]):
         load = load[step.kept] * factor[step.edge] * gain[min(taken, len(gain) - 1)]
         loads.append(load)
     num_nodes = rowptr.size(0) - 1
-    # One step after the other, walks ascending: a stable sort by place leaves them in order of length, then of walk.
     place = torch.cat([step.walker // law.num_walks * num_nodes + step.node for step in steps])
-    place, order = place.sort(stable=True)
     lengths = torch.tensor([len(step.walker) for step in steps], device=place.device)
-    length = torch.arange(len(steps), device=place.device).repeat_interleave(lengths)[order]
+    length = torch.arange(len(steps), device=place.device).repeat_interleave(lengths)
+    out = sum_loads(place, length, torch.cat(loads), num_starts, num_nodes, law.num_walks)
+    return out._replace(value=out.value.to(weight.dtype))
+
+
+def sum_loads(
+    place: Tensor, length: Tensor, load: Tensor, num_starts: int, num_nodes: int, num_walks: int
+) -> WalkDeposits:
+    """Deposits from loads, which stand in order of length, then of walk; ``place`` is start times N plus node."""
+    place, order = place.sort(stable=True)
+    length = length[order]
     new = torch.ones_like(place, dtype=torch.bool)
     new[1:] = (place[1:] != place[:-1]) | (length[1:] != length[:-1])
     total = int(new.sum())
-    value = load.new_zeros(total).index_add(0, new.cumsum(0) - 1, torch.cat(loads)[order]) / law.num_walks
+    value = load.new_zeros(total).index_add(0, new.cumsum(0) - 1, load[order]) / num_walks
     place, length = place[new], length[new]
     ptr = torch.searchsorted(place, torch.arange(num_starts + 1, device=place.device) * num_nodes)
-    return WalkDeposits(ptr, place % max(num_nodes, 1), length.int(), value.to(weight.dtype))
+    return WalkDeposits(ptr, place % max(num_nodes, 1), length.int(), value)
 
 
-def _over_probability(rowptr: Tensor, units: Tensor | None, like: Tensor) -> Tensor:
+def over_probability(rowptr: Tensor, units: Tensor | None, like: Tensor) -> Tensor:
     """One over the probability of each edge of a row."""
     if units is None:
         degree = rowptr.diff()
@@ -193,7 +201,7 @@ def _over_probability(rowptr: Tensor, units: Tensor | None, like: Tensor) -> Ten
     return torch.where(probability > 0, 2.0**32 / probability, 0.0).to(like.dtype)
 
 
-def _gains(law: WalkLaw) -> list[float]:
+def gains(law: WalkLaw) -> list[float]:
     """One over the probability to go on, for each step; never used where that is 0."""
     return [2.0**32 / (2**32 - below) if below < 2**32 else 0.0 for below in law.halt_below]
 
@@ -214,7 +222,7 @@ def _kernel(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     law = law_of(halt_below, num_walks, seed, first_walk, flags)
     steps = steps_of(rowptr, col, start, node_key, None, units, law, max_length, "grf_walks")
-    out = _deposits(steps, rowptr, weight, units, law, start.size(0))
+    out = deposits_of(steps, rowptr, weight, units, law, start.size(0))
     return out.ptr, out.col, out.length, out.value
 
 
