@@ -7,6 +7,7 @@ nodes to compute. Features from random walks estimate it without bias at a cost 
 from __future__ import annotations
 
 from geo.kernels.features import FeatureMap, SparseFeatures, features_of, normalized_adjacency, tail_mass
+from geo.kernels.grf_kernel import GRFKernel
 from geo.kernels.series import (
     Series,
     custom,
@@ -21,11 +22,14 @@ from geo.kernels.series import (
     regularised_laplacian,
     sqrt_series,
 )
+from geo.kernels.stitched_kernel import StitchedKernel
 
 __all__ = [
     "FeatureMap",
+    "GRFKernel",
     "Series",
     "SparseFeatures",
+    "StitchedKernel",
     "custom",
     "divide_series",
     "features_of",

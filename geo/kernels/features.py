@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from geo.ops import SegmentPlan, csr_from_index, gather_mul_segment_sum
+from geo.ops import SegmentPlan, WalkDeposits, csr_from_index, gather_mul_segment_sum
 from geo.ops.plan import index_from_csr
-
-if TYPE_CHECKING:
-    from geo.ops.grf_walks import WalkDeposits
 
 
 class SparseFeatures:

@@ -1,0 +1,563 @@
+"""Kernels on graphs, estimated by random features."""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from geo.kernels.exact_moments import WalkMoments, matrix_series, variance
+from geo.kernels.features import FeatureMap, SparseFeatures, normalized_adjacency
+from geo.kernels.series import Series
+from geo.kernels.walk_matrix import Matrix, spectral_radius, step_squares, transposed
+from geo.ops import WalkDeposits, grf_walks, segment_sum_csr
+from geo.ops.walk_step import checked_law
+
+_ONE = 2**32  # probabilities of halting and of steps are multiples of one over this
+_CHUNK = 2**24  # entries of a dense block that is worked on at a time
+_EXACT_NODES = 300  # whose second moments fit: their cube is 27 million numbers
+
+
+class GRFKernel:
+    r"""An unbiased estimate of a graph kernel :math:`K = s \sum_k \alpha_k W^k` by random features.
+
+    :math:`\hat K = s\, \Phi_1 \Phi_2^\top` with sparse :math:`\Phi` from random walks that end by chance ("General
+    graph random features", `arXiv:2310.04859 <https://arxiv.org/abs/2310.04859>`_). Sampling and products cost
+    :math:`O(N m / p)` for N nodes, m walks each and the probability p of halting; the relative error falls as
+    :math:`m^{-1/2}`.
+
+    With two independent sets of walks every entry is unbiased, and the estimate is not symmetric. One set gives a
+    symmetric positive semi-definite estimate; its diagonal is too large by what :meth:`exact_bias` returns, which
+    ``debias_diag`` takes away again (then it may have small negative eigenvalues). On a directed graph walks follow the
+    edges, and those of the second set go against them. Isolated nodes have :math:`K_{ii} = s \alpha_0`.
+
+    Args:
+        edge_index: int64 [2, E], sources and targets; an undirected graph holds both directions. Repeated edges are
+            added up.
+        series: The kernel, such as ``heat(t=1.0)``; its ``normalization`` decides the matrix W, as in
+            :func:`normalized_adjacency`.
+        edge_weight: [E], of any sign (default: ones). If it requires a gradient, so do the features; tie the weights of
+            the two directions of an edge, or the graph becomes a directed one.
+        num_nodes: Number of nodes (default: the largest in ``edge_index`` plus one).
+        num_walks: m, walks from each node and set.
+        p_halt: Probability that a walk halts before each step. Long-range kernels need a small one: see the warning.
+        coupling: ``'iid'``, ``'antithetic'``, ``'repelling'`` or ``'antithetic+repelling'``, as in
+            :func:`geo.ops.grf_walks`; the last has the smallest error and needs an even ``num_walks``.
+        proposal: ``'uniform'``, or ``'weight'``: steps in proportion to \|W\|, for weights that differ much.
+        two_sets: Whether to draw two independent sets of walks.
+        generator: Draws the seed (default: PyTorch's).
+        choice: ``'slot'`` or ``'rendezvous'``, as in :func:`geo.ops.grf_walks`.
+        survival: [L], the probabilities of walks of at least each length, in place of ``p_halt``.
+        max_length: Cuts walks, and with them the series (default: where its modulation ends, if it does).
+        debias_diag: Estimate the diagonal from pairs of different walks; for one set of ``'iid'`` walks.
+        symmetrise: Return :math:`(\hat K + \hat K^\top) / 2`.
+        dtype: Of the features (default: that of ``edge_weight``, or PyTorch's default).
+
+    Attributes:
+        num_nodes, shape, series, num_walks, directed, seed: What they say.
+
+    Raises:
+        ValueError: The series diverges on this graph, or options do not go together; the message names the remedy.
+
+    Example:
+        >>> import torch
+        >>> from geo.kernels import GRFKernel, heat
+        >>> edge_index = torch.tensor([[0, 1, 1, 2], [1, 0, 2, 1]])
+        >>> kernel = GRFKernel(edge_index, heat(t=1.0), num_walks=4096, generator=torch.Generator().manual_seed(0))
+        >>> (kernel @ torch.ones(3)).shape, bool((kernel.dense() - kernel.exact()).abs().max() < 0.05)
+        (torch.Size([3]), True)
+    """
+
+    def __init__(
+        self,
+        edge_index: Tensor,
+        series: Series,
+        edge_weight: Tensor | None = None,
+        num_nodes: int | None = None,
+        num_walks: int = 16,
+        p_halt: float = 0.5,
+        coupling: str = "antithetic+repelling",
+        proposal: str = "uniform",
+        two_sets: bool = True,
+        generator: torch.Generator | None = None,
+        *,
+        choice: str = "slot",
+        survival: Sequence[float] | Tensor | None = None,
+        max_length: int | None = None,
+        debias_diag: bool = False,
+        symmetrise: bool = False,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        self._cut_by_series = max_length is None and series.degree is not None
+        if max_length is None:
+            max_length = series.degree
+        self._halting = checked_law(num_walks, 0, p_halt, survival, coupling, choice, 0, max_length).halt_below
+        self._matrix = normalized_adjacency(edge_index, edge_weight, num_nodes, series.normalization, dtype)
+        self._transpose, self.directed = transposed(*self._matrix)
+        self.num_nodes = self._matrix[0].size(0) - 1
+        self.num_walks, self.two_sets, self.debias_diag, self.symmetrise = num_walks, two_sets, debias_diag, symmetrise
+        self.coupling, self._max_length = coupling, max_length
+        self._options: dict[str, Any] = {
+            "p_halt": p_halt, "survival": survival, "proposal": proposal, "choice": choice, "max_length": max_length,
+        }  # fmt: skip
+        self._plain = edge_weight is None and self._matrix[1].size(0) == edge_index.size(1)
+        self._check_options()
+        self._graph = edge_index, edge_weight
+        self._set_series(series)
+        self.resample(generator)
+
+    def _check_options(self) -> None:
+        if self.directed and not self.two_sets:
+            raise ValueError(
+                "two_sets: a directed graph needs two sets, since the second walks against its edges; got False. For "
+                "an undirected graph give each edge in both directions (torch_geometric.utils.to_undirected)"
+            )
+        if self.directed and self.symmetrise:
+            raise ValueError("symmetrise: the kernel of a directed graph is not symmetric; leave it False")
+        if self.debias_diag:
+            self._require_iid("debias_diag")
+            if self.two_sets:
+                raise ValueError(
+                    "debias_diag: two sets have an unbiased diagonal already; use two_sets=False or debias_diag=False"
+                )
+            if self.num_walks < 2:
+                raise ValueError(f"debias_diag: needs num_walks of at least 2, got {self.num_walks}")
+
+    def _require_iid(self, what: str) -> None:
+        if self.coupling != "iid":
+            raise ValueError(
+                f"{what}: needs coupling='iid', got {self.coupling!r}: the walks of a start must be independent"
+            )
+
+    # -- series --------------------------------------------------------------------------------------------------------
+    def _set_series(self, series: Series) -> None:
+        if series.conjugate == "degree" and (self.directed or self.symmetrise):
+            raise ValueError(
+                f"series: {series.name} needs an undirected graph and symmetrise=False; on a directed one take "
+                "katz(beta=1 - a), times a, with edge_weight = 1 / (number of edges out of the source)"
+            )
+        if math.isfinite(series.radius):
+            self._check_convergence(series)
+            self._check_variance(series)
+        self.series = series
+        self._sides: tuple[Tensor, Tensor] | None = None  # what multiplies rows and columns
+        if series.conjugate == "degree":
+            rowptr, _, weight = normalized_adjacency(*self._graph, self.num_nodes, None, self._matrix[2].dtype)
+            degree = _row_sums(rowptr, weight.abs())
+            root = torch.where(degree > 0, degree, 1).sqrt()
+            self._sides = 1 / root, root
+        self._features: tuple[SparseFeatures, SparseFeatures, Tensor | None] | None = None
+
+    def _check_convergence(self, series: Series) -> None:
+        """Walks need absolute convergence, so the matrix is taken without its signs."""
+        if series.normalization == "sym" and series.radius > 1 + 1e-3:
+            return
+        rowptr, col, weight = self._matrix
+        rho = spectral_radius(rowptr, col, weight.detach().abs())
+        limit = series.radius * (1 + 1e-6 if series.on_circle else 1 - 1e-6)
+        if rho > limit:
+            raise ValueError(
+                f"series: the modulation of {series.name} converges for spectral radii below {series.radius:.6g}, but "
+                f"the matrix has {rho:.6g}: divide edge_weight by more than {rho / series.radius:.6g}, or take a "
+                "series of shorter range"
+            )
+
+    def _check_variance(self, series: Series) -> None:
+        halt = self._halting[-1] / _ONE
+        if self._max_length is not None or halt == 1:
+            return
+        squares = 1.0
+        if not (self._plain and series.normalization == "sym" and not self.directed):
+            rowptr, col, _ = self._matrix
+            squares = spectral_radius(rowptr, col, step_squares(self._matrix, self._options["proposal"]))
+        limit = 1 - squares / series.radius**2  # the square of a load has the mean of (squares / (1 - halt))^length
+        if halt < limit - 1e-9:
+            return
+        remedy = f"take p_halt below {limit:.3g}" if limit > 1e-6 else "no p_halt helps: take a series of shorter range"
+        also = ", or proposal='weight'" if self._options["proposal"] == "uniform" and not self._plain else ""
+        warnings.warn(
+            f"series: the variance of {series.name} is infinite on this graph with p_halt={halt:.3g}: {remedy}{also}, "
+            "or cut the walks by max_length, which is a bias",
+            stacklevel=4,
+        )
+
+    def with_series(self, series: Series) -> GRFKernel:
+        """Another kernel estimated from the same walks.
+
+        Args:
+            series: Of the same ``normalization``, and no longer than the walks were cut.
+
+        Returns:
+            The kernel; it shares its walks with this one.
+
+        Raises:
+            ValueError: The series needs another matrix or longer walks, or diverges.
+
+        Example:
+            >>> from geo.kernels import regularised_laplacian
+            >>> edge_index = torch.tensor([[0, 1, 1, 2], [1, 0, 2, 1]])
+            >>> GRFKernel(edge_index, regularised_laplacian()).with_series(regularised_laplacian(d=2.0)).shape
+            (3, 3)
+        """
+        if series.normalization != self.series.normalization:
+            raise ValueError(
+                f"series: {series.name} has normalization={series.normalization!r}, the walks "
+                f"{self.series.normalization!r}; sample anew"
+            )
+        cut = self._max_length
+        if self._cut_by_series and cut is not None and (series.degree is None or series.degree > cut):
+            raise ValueError(
+                f"series: {series.name} needs walks longer than {cut}, where these were cut for a shorter series; "
+                "sample anew, or start from the longer series"
+            )
+        out = copy.copy(self)
+        out._set_series(series)
+        return out
+
+    def with_modulation(self, f: Tensor, scale: float = 1.0) -> GRFKernel:
+        """The kernel of a modulation of one's own, from the same walks; differentiable in f.
+
+        Args:
+            f: [L], the modulation of both sets, in powers of W. Lengths of L and more drop out.
+            scale: Factor of the kernel.
+
+        Returns:
+            The kernel; it shares its walks with this one.
+
+        Raises:
+            ValueError: f has not one axis, is empty, or is longer than the walks were cut.
+
+        Example:
+            >>> from geo.kernels import heat
+            >>> f = torch.tensor([1.0, 0.5], requires_grad=True)
+            >>> kernel = GRFKernel(torch.tensor([[0, 1], [1, 0]]), heat()).with_modulation(f)
+            >>> torch.autograd.grad(kernel.diag().sum(), f)[0].shape
+            torch.Size([2])
+        """
+        if f.dim() != 1 or f.numel() == 0 or not f.is_floating_point():
+            raise ValueError(f"f: expected floating numbers along one axis, got {f.dtype} {list(f.shape)}")
+        return self.with_series(_learned(f, scale, self.series))
+
+    # -- walks ---------------------------------------------------------------------------------------------------------
+    def resample(self, generator: torch.Generator | None = None) -> GRFKernel:
+        """Draw new walks.
+
+        Args:
+            generator: Draws the seed (default: PyTorch's).
+
+        Returns:
+            This kernel.
+        """
+        device = None if generator is None else generator.device
+        self.seed = int(torch.randint(2**63 - 1, (), generator=generator, device=device))
+        first = self._sample(self._matrix, self.num_walks, 0)
+        second = self._sample(self._transpose, self.num_walks, self.num_walks) if self.two_sets else first
+        single = [self._sample(self._matrix, 1, k) for k in range(self.num_walks)] if self.debias_diag else []
+        self._deposits = (first, second, *single)
+        longest = max((int(d.length.max()) for d in self._deposits[:2] if d.length.numel()), default=0)
+        self._num_lengths = longest + 1
+        self._maps: tuple[int, list[FeatureMap]] | None = None
+        self._features = None
+        return self
+
+    def _sample(self, matrix: Matrix, num_walks: int, first_walk: int) -> WalkDeposits:
+        options = self._options | {"coupling": self.coupling, "first_walk": first_walk}
+        return grf_walks(*matrix, num_walks=num_walks, seed=self.seed, **options)
+
+    def features(self, f: Tensor | tuple[Tensor, Tensor] | None = None) -> tuple[SparseFeatures, SparseFeatures]:
+        r"""The features :math:`\Phi_1, \Phi_2`, without the factor s and, for PageRank, the scaling by degrees.
+
+        Args:
+            f: [L], a modulation for both sets, or one for each; differentiable (default: that of the series). Lengths
+                of L and more drop out.
+
+        Returns:
+            Two sparse matrices [N, N]; the same one twice where one set has one modulation.
+
+        Raises:
+            ValueError: f has not one axis, or is empty.
+        """
+        if f is None:
+            return self._default()[:2]
+        f1, f2 = f if isinstance(f, tuple) else (f, f)
+        phi1, phi2, _ = self._features_of(f1, f2, False)
+        return phi1, phi2
+
+    def _default(self) -> tuple[SparseFeatures, SparseFeatures, Tensor | None]:
+        """The features of the series, and what debiasing adds to the diagonal."""
+        if self._features is not None:
+            return self._features
+        out = self._features_of(*self.series.modulations(self._num_lengths), self.debias_diag)
+        if not out[0].value.requires_grad and not out[1].value.requires_grad:
+            self._features = out
+        return out
+
+    def _features_of(
+        self, f1: Tensor, f2: Tensor, debias: bool
+    ) -> tuple[SparseFeatures, SparseFeatures, Tensor | None]:
+        for f in (f1, f2):
+            if f.dim() != 1 or f.size(0) < 1:
+                raise ValueError(f"f: expected at least one number along one axis, got {list(f.shape)}")
+        n = min(max(f1.size(0), f2.size(0)), self._num_lengths)
+        f1, f2 = (torch.cat([f[:n], f.new_zeros(max(n - f.size(0), 0))]).to(self._matrix[2]) for f in (f1, f2))
+        if self._maps is None or self._maps[0] != n:
+            sets = self._deposits if self.two_sets else (self._deposits[0], *self._deposits[2:])
+            self._maps = n, [FeatureMap(deposits, self.num_nodes, n) for deposits in sets]
+        maps = self._maps[1]
+        phi1 = maps[0](f1)
+        same = f1 is f2 or torch.equal(f1, f2)
+        phi2 = phi1 if same and not self.two_sets else maps[self.two_sets](f2)
+        if not debias:
+            return phi1, phi2, None
+        m, total = self.num_walks, _dot(phi1, phi2)
+        alone = torch.stack([_dot(one(f1), one(f2)) for one in maps[1:]]).sum(0)
+        return phi1, phi2, (m * m * total - alone) / (m * (m - 1)) - total
+
+    # -- the kernel as a matrix ----------------------------------------------------------------------------------------
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, N)."""
+        return self.num_nodes, self.num_nodes
+
+    def __matmul__(self, other: Tensor) -> Tensor:
+        r"""The product :math:`\hat K V` with V [N, \*S]; differentiable in V and the features, any number of times."""
+        if other.dim() < 1 or other.size(0) != self.num_nodes:
+            raise ValueError(f"matmul: expected {self.num_nodes} rows, one a node, got {list(other.shape)}")
+        phi1, phi2, extra = self._default()
+        sides = self._sides
+        column = (-1,) + (1,) * (other.dim() - 1)
+        v = other if sides is None else sides[1].view(column) * other
+        out = phi1.matmul(phi2.t_matmul(v))
+        if self.symmetrise and phi2 is not phi1:
+            out = (out + phi2.matmul(phi1.t_matmul(v))) / 2
+        if extra is not None:
+            out = out + extra.view(column) * v
+        if sides is not None:
+            out = sides[0].view(column) * out
+        product: Tensor = self.series.scale * out
+        return product
+
+    def __getitem__(self, index: Any) -> Tensor:
+        """Entries, with the indexing rules of a dense tensor for integers, slices, lists and index tensors."""
+        i, j = index if isinstance(index, tuple) and len(index) == 2 else (index, slice(None))
+        if isinstance(i, slice) or isinstance(j, slice):
+            rows, columns = self._places(i), self._places(j)
+            return self._block(rows.flatten(), columns.flatten()).view(*rows.shape, *columns.shape)
+        rows, columns = torch.broadcast_tensors(self._places(i), self._places(j))
+        return self._entries(rows.flatten(), columns.flatten()).view(rows.shape)
+
+    def _places(self, index: Any) -> Tensor:
+        if isinstance(index, tuple) or index is None or index is Ellipsis:
+            raise IndexError(f"a kernel is indexed by one or two integers, slices, lists or tensors, got {index!r}")
+        device = self._matrix[0].device
+        if isinstance(index, slice):
+            return torch.arange(self.num_nodes, device=device)[index]
+        place = torch.as_tensor(index, device=device)
+        if place.dtype == torch.bool:
+            if place.shape != (self.num_nodes,):
+                raise IndexError(f"a mask must have {self.num_nodes} entries, got {list(place.shape)}")
+            return place.nonzero().flatten()
+        if place.numel() == 0:
+            return place.long()
+        if place.is_floating_point():
+            raise IndexError(f"an index must be an integer, got {place.dtype}")
+        low, high = int(place.min()), int(place.max())
+        if low < -self.num_nodes or high >= self.num_nodes:
+            bad = low if low < -self.num_nodes else high
+            raise IndexError(f"node {bad} is out of range for a kernel of {self.num_nodes} nodes")
+        return torch.where(place < 0, place + self.num_nodes, place).long()
+
+    def _block(self, rows: Tensor, columns: Tensor) -> Tensor:
+        """The entries of all pairs."""
+        phi1, phi2, _ = self._default()
+
+        def product(left: SparseFeatures, right: SparseFeatures) -> Tensor:
+            chosen = left.select_rows(rows)
+            parts = columns.split(max(_CHUNK // max(self.num_nodes, 1), 1))
+            return torch.cat([chosen.matmul(right.select_rows(part).to_dense().t()) for part in parts], dim=1)
+
+        out = product(phi1, phi2)
+        if self.symmetrise and phi2 is not phi1:
+            out = (out + product(phi2, phi1)) / 2
+        return self._finished(out, rows.unsqueeze(1), columns)
+
+    def _entries(self, rows: Tensor, columns: Tensor) -> Tensor:
+        """One entry for each pair."""
+        phi1, phi2, _ = self._default()
+        out = _dot_rows(phi1, rows, phi2, columns)
+        if self.symmetrise and phi2 is not phi1:
+            out = (out + _dot_rows(phi2, rows, phi1, columns)) / 2
+        return self._finished(out, rows, columns)
+
+    def _finished(self, out: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+        extra, sides = self._default()[2], self._sides
+        if extra is not None:
+            out = out + torch.where(rows == columns, extra[rows], 0)
+        if sides is not None:
+            out = sides[0][rows] * out * sides[1][columns]
+        finished: Tensor = self.series.scale * out
+        return finished
+
+    def diag(self) -> Tensor:
+        """The diagonal of the estimate, [N]."""
+        nodes = torch.arange(self.num_nodes, device=self._matrix[0].device)
+        return self._entries(nodes, nodes)
+
+    def dense(self) -> Tensor:
+        """The estimate as a dense matrix, [N, N]."""
+        nodes = torch.arange(self.num_nodes, device=self._matrix[0].device)
+        return self._block(nodes, nodes)
+
+    # -- what it estimates ---------------------------------------------------------------------------------------------
+    def _dense_matrix(self, matrix: Matrix, values: Tensor | None = None) -> Tensor:
+        rowptr, col, weight = matrix
+        value = weight.detach().double() if values is None else values
+        return SparseFeatures(rowptr, col, value, self.num_nodes).to_dense()
+
+    def exact(self) -> Tensor:
+        """The kernel itself, [N, N]: a dense function of the matrix, in time of the cube of the number of nodes.
+
+        Eigenvalues are taken where the matrix is symmetric and the series has a closed form; else the series is summed.
+
+        Returns:
+            The kernel, computed in float64, in the dtype of the features.
+
+        Raises:
+            ValueError: The series does not converge within 4096 terms.
+        """
+        out: Tensor
+        matrix = self._dense_matrix(self._matrix)
+        if self.series.function is not None and not self.directed:
+            eigvals, eigvecs = torch.linalg.eigh((matrix + matrix.t()) / 2)
+            out = (eigvecs * self.series.function(eigvals)) @ eigvecs.t()
+        else:
+            out = matrix_series(self.series, matrix)
+        out = (self.series.scale * out).to(self._matrix[2].dtype)
+        sides = self._sides
+        return out if sides is None else sides[0].unsqueeze(1) * out * sides[1]
+
+    def _moments(self, what: str) -> tuple[WalkMoments, WalkMoments, Tensor, Tensor]:
+        self._require_iid(what)
+        halt = torch.tensor(self._halting, dtype=torch.float64) / _ONE
+        most = 4096 if self._max_length is None else self._max_length
+        going_on = torch.cat([1 - halt, (1 - halt[-1:]).expand(max(most - len(halt), 0))])[:most]
+        ends = (going_on == 0).nonzero().flatten().tolist()
+        first = WalkMoments(
+            self._dense_matrix(self._matrix),
+            self._dense_matrix(self._matrix, step_squares(self._matrix, self._options["proposal"])),
+            going_on[: ends[0] if ends else most].to(self._matrix[0].device),
+        )
+        second = first
+        if self.directed:
+            second = first.transposed(
+                self._dense_matrix(self._transpose, step_squares(self._transpose, self._options["proposal"]))
+            )
+        f1, f2 = first.modulations(self.series)
+        return first, second, f1.detach(), f2.detach()
+
+    def exact_variance(self) -> Tensor:
+        r"""The variance of each entry of the estimate, [N, N], computed in :math:`O(N^4)`; for up to 300 nodes.
+
+        With one set that of the diagonal is NaN: it depends on fourth moments.
+
+        Returns:
+            Variances, float64.
+
+        Raises:
+            ValueError: The walks are not ``'iid'``, there are more than 300 nodes, or the variance is infinite.
+        """
+        if self.num_nodes > _EXACT_NODES:
+            raise ValueError(
+                f"exact_variance: for up to {_EXACT_NODES} nodes, got {self.num_nodes}; take a smaller graph"
+            )
+        first, second, f1, f2 = self._moments("exact_variance")
+        out = variance(first, second, f1, f2, self.num_walks) * self.series.scale**2
+        if self.symmetrise and (self.two_sets or not torch.equal(f1, f2)):
+            out = torch.where(torch.eye(len(out), device=out.device) > 0, out, (out + out.t()) / 4)
+        if not self.two_sets:
+            out.fill_diagonal_(math.nan)
+        sides = self._sides
+        return out if sides is None else sides[0].double().square().unsqueeze(1) * out * sides[1].double().square()
+
+    def exact_bias(self) -> Tensor:
+        r"""The mean of the estimate's diagonal less the kernel's, [N]: zero for two sets and with ``debias_diag``.
+
+        One set of m walks has :math:`(E |\phi|^2 - |E \phi|^2) / m`, where :math:`\phi` is the feature of one walk.
+
+        Returns:
+            Biases, float64.
+
+        Raises:
+            ValueError: The walks are not ``'iid'``, or the variance is infinite.
+        """
+        if self.two_sets or self.debias_diag:
+            return torch.zeros(self.num_nodes, dtype=torch.float64, device=self._matrix[0].device)
+        first, _, f1, f2 = self._moments("exact_bias")
+        mean = (first.mean(f1) * first.mean(f2)).sum(1)
+        return self.series.scale * (first.dot(f1, f2) - mean) / self.num_walks
+
+    def expected_cost(self) -> float:
+        """The expected number of deposits for each node, in all sets: what sampling and products cost.
+
+        Walks that meet a dead end make it smaller. ``num_walks / p_halt`` for each set where no length is cut.
+        """
+        going, total = 1.0, 0.0
+        lengths = math.inf if self._max_length is None else self._max_length + 1
+        for halt in self._halting[:-1]:
+            if lengths > 0:
+                total, going, lengths = total + going, going * (1 - halt / _ONE), lengths - 1
+        last = self._halting[-1] / _ONE
+        if last == 0:
+            total += going * lengths
+        elif lengths > 0:
+            total += going * (1 - (1 - last) ** lengths) / last
+        return self.num_walks * (1 + self.two_sets) * total
+
+    def __repr__(self) -> str:
+        sets = 2 if self.two_sets else 1
+        return (
+            f"GRFKernel({self.series.name}, num_nodes={self.num_nodes}, num_walks={self.num_walks}, sets={sets}, "
+            f"coupling={self.coupling!r})"
+        )
+
+
+# -- parts -------------------------------------------------------------------------------------------------------------
+def _learned(f: Tensor, scale: float, like: Series) -> Series:
+    def padded(n: int) -> tuple[Tensor, Tensor]:
+        out = torch.cat([f[:n], f.new_zeros(max(n - f.size(0), 0))])
+        return out, out
+
+    def square(n: int) -> Tensor:
+        g = padded(n)[0].double()
+        return torch.stack([(g[: k + 1] * g[: k + 1].flip(0)).sum() for k in range(n)])
+
+    return Series(
+        "modulation", square, padded, scale, like.normalization, degree=f.size(0) - 1, conjugate=like.conjugate
+    )
+
+
+def _row_sums(ptr: Tensor, value: Tensor) -> Tensor:
+    out: Tensor = segment_sum_csr(value, ptr)
+    return out
+
+
+def _dot(left: SparseFeatures, right: SparseFeatures) -> Tensor:
+    """The dot product of each row with the same row of a matrix of the same pattern."""
+    return _row_sums(left.ptr, left.value * right.value)
+
+
+def _dot_rows(left: SparseFeatures, i: Tensor, right: SparseFeatures, j: Tensor) -> Tensor:
+    """The dot product of row i[k] of one matrix with row j[k] of another, for each k."""
+    chosen = left.select_rows(i)
+    if chosen.col.size(0) == 0 or right.col.size(0) == 0:
+        return left.value.new_zeros(i.size(0))
+    place = right.row * right.num_cols + right.col  # ascending
+    wanted = j[chosen.row] * right.num_cols + chosen.col
+    at = torch.searchsorted(place, wanted).clamp(max=place.size(0) - 1)
+    product = torch.where(place[at] == wanted, chosen.value * right.value[at], 0)
+    return _row_sums(chosen.ptr, product)
