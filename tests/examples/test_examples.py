@@ -30,6 +30,7 @@ PLOTS = {
 }
 COMPUTED = {  # examples without epochs, hence without checkpoints
     "graph_kernels": ["errors.png", "gain.png"],
+    "mesh_regression": ["normals.png", "walks.png"],
 }
 
 

@@ -1,0 +1,170 @@
+"""The examples of graph random features: what they read, what they predict, what they must not see."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from geo.kernels import GRFKernel, regularised_laplacian
+from geo.testing import assert_close
+
+for package in ("lightning", "matplotlib"):
+    pytest.importorskip(package, reason=f"the examples need {package}")
+
+CUBE = [(x, y, z) for x in (0, 1) for y in (0, 1) for z in (0, 1)]
+QUADS = [(0, 1, 3, 2), (4, 6, 7, 5), (0, 4, 5, 1), (2, 3, 7, 6), (0, 2, 6, 4), (1, 5, 7, 3)]  # seen from outside
+
+
+def example(name: str):
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[2] / "examples" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def meshes():
+    return example("mesh_regression")
+
+
+def off(vertices=CUBE, faces=QUADS, head="OFF\n8 6 12\n"):
+    points = "".join(f"{x} {y} {z}\n" for x, y, z in vertices)
+    return f"# a cube\n{head}{points}\n" + "".join(
+        f"{len(face)} {' '.join(map(str, face))} 255 0 0\n" for face in faces
+    )
+
+
+def settings(**given):
+    series = regularised_laplacian(s=math.sqrt(1 / 3), d=2.0)
+    values = {"smoke": True, "root": None, "c": 0.25, "p_halt": 0.5, "walks": [16], "shown": 16, "steps": 3}
+    return argparse.Namespace(**(values | {"series": series} | given))
+
+
+# -- meshes ------------------------------------------------------------------------------------------------------------
+def test_off_and_obj_are_the_same_mesh(meshes, tmp_path):
+    (tmp_path / "a.off").write_text(off())
+    (tmp_path / "b.off").write_text(off(head="OFF 8 6 0\n"))
+    points = "".join(f"v {x} {y} {z} 1.0\n" for x, y, z in CUBE)
+    corners = [" ".join(f"{k + 1}/1/{k + 1}" for k in face) for face in QUADS[:3]]
+    corners += [" ".join(str(k - 8) for k in face) for face in QUADS[3:]]  # counted from the end
+    (tmp_path / "c.OBJ").write_text(
+        f"mtllib x.mtl\n{points}vn 0 0 1\n" + "".join(f"f {face}  # face\n" for face in corners)
+    )
+    vertices, faces = meshes.read_mesh(tmp_path / "a.off")
+    assert vertices.tolist() == [list(map(float, point)) for point in CUBE]
+    assert len(faces) == 12
+    for name in ("b.off", "c.OBJ"):
+        again, others = meshes.read_mesh(tmp_path / name)
+        assert np.array_equal(again, vertices), name
+        assert np.array_equal(others, faces), name
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.off", "", "line 1: the file must start with the word OFF"),
+        ("a.off", "\x00\x01\x02binary", "line 1: the file must start with the word OFF"),
+        ("a.off", "OFF\n", "the numbers of vertices and faces are missing"),
+        ("a.off", off()[:-20], "8 vertices and 6 faces are announced, but 13 lines follow"),
+        ("a.off", off(head="OFF\n8 x 12\n"), "line 3: invalid literal for int"),
+        ("a.off", off(head="OFF\n-1 6 12\n"), "-1 vertices and 6 faces are announced"),
+        ("a.off", off(vertices=[("one", 0, 0), *CUBE[1:]]), "line 4: could not convert string to float: 'one'"),
+        ("a.off", off(faces=[(0, 1), *QUADS[1:]]), "line 13: a face needs three corners, got 2"),
+        (
+            "a.off",
+            off(faces=[(0, 1, 8), *QUADS[1:]]),
+            "a face names vertex 8, counted from 0, but there are 8 vertices",
+        ),
+        ("a.off", off(vertices=[("nan", 0, 0), *CUBE[1:]]), "coordinates that are infinite or not a number"),
+        ("a.obj", "v 0 0 0\n", "has no faces"),
+        ("a.obj", "v 0 0\n", "line 1: a vertex needs three coordinates, got 2"),
+        ("a.obj", "v 0 0 0\nf 0 1 1\n", "line 2: a face names vertex 0, but OBJ counts vertices from 1"),
+        ("a.obj", "v 0 0 0\nf -2 -1 1\n", "a face names vertex -1, counted from 0, but there are 1 vertices"),
+    ],
+)
+def test_malformed_meshes_are_refused_in_one_line(meshes, tmp_path, name, text, message):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(SystemExit) as caught:
+        meshes.read_mesh(tmp_path / name)
+    assert message in str(caught.value)
+    assert name in str(caught.value)
+
+
+def test_generated_meshes_are_closed_and_their_normals_point_outwards(meshes):
+    ball, ring = (meshes.load(name, settings(smoke=False)) for name in ("icosphere", "torus"))
+    for mesh, euler in ((ball, 2), (ring, 0)):
+        assert len(mesh.vertices) - mesh.edge_index.size(1) // 2 + len(mesh.faces) == euler
+        assert_close(mesh.normals.norm(dim=1), torch.ones(len(mesh.vertices), dtype=torch.float64))
+    assert len(ring.vertices) == 48 * 24
+    assert float(torch.cosine_similarity(ball.normals, torch.from_numpy(ball.vertices), dim=1).min()) > 0.999
+    xy = torch.from_numpy(ring.vertices[:, :2])
+    centre = torch.nn.functional.pad(xy / xy.norm(dim=1, keepdim=True), (0, 1))
+    outwards = torch.from_numpy(ring.vertices) - centre
+    assert float(torch.cosine_similarity(ring.normals, outwards, dim=1).min()) > 0.98
+
+
+def test_exact_product_is_that_of_the_dense_kernel(meshes):
+    mesh, args = meshes.load("torus", settings()), settings()
+    dense = GRFKernel(mesh.edge_index, args.series, num_walks=2, dtype=torch.float64).exact()
+    found = meshes.exact(mesh, mesh.normals, args.series, 64) * args.series.scale
+    assert_close(found, dense @ mesh.normals)
+
+
+def test_predictions_never_see_hidden_normals(meshes):
+    mesh, args = meshes.load("torus", settings()), settings()
+    visible = torch.rand(len(mesh.vertices), generator=torch.Generator().manual_seed(0)) > 0.3
+    other = mesh._replace(normals=torch.where(visible.unsqueeze(1), mesh.normals, torch.tensor([0.0, 0.0, 9.0])))
+    names = set()
+    for (name, first), (_, second) in zip(
+        meshes.predictions(mesh, visible, args, 0), meshes.predictions(other, visible, args, 0), strict=True
+    ):
+        assert torch.equal(first[~visible], second[~visible]), name
+        names.add(name)
+    assert {"learned modulation", "nearest visible vertex", "exact kernel", ("iid", 16)} <= names
+
+
+def test_nearest_visible_vertex_on_a_path(meshes):
+    """Of a path of four vertices the two in the middle are hidden, the second nearer to the first; one is alone."""
+    points = np.array([[0.0, 0, 0], [1, 0, 0], [3, 0, 0], [4, 0, 0], [9, 9, 9]])
+    edges = torch.tensor([[0, 1, 1, 2, 2, 3], [1, 0, 2, 1, 3, 2]])
+    mesh = meshes.Mesh(points, np.zeros((0, 3)), edges, torch.arange(15.0).view(5, 3))
+    visible = torch.tensor([True, False, False, True, False])
+    assert meshes.nearest(mesh, visible)[:, 0].tolist() == [0, 0, 9, 9, 0]
+
+
+def test_torus_with_16_walks_reaches_its_target(meshes, tmp_path, capsys):
+    rows = meshes.main(["--data", "torus", "--walks", "16", "--repeats", "1", "--threads", "1", "--out", str(tmp_path)])
+    cosine = {row[0]: row[2] for row in rows}
+    assert cosine["random features, antithetic+repelling"] >= 0.996
+    assert cosine["random features, antithetic+repelling"] <= cosine["exact kernel"] + 1e-3
+    assert cosine["exact kernel"] == pytest.approx(0.9988, abs=5e-4)
+    assert cosine["nearest visible vertex"] < cosine["learned modulation"]
+    assert "torus, prototype" in capsys.readouterr().out
+
+
+def test_every_mesh_of_a_folder_is_read(meshes, tmp_path, capsys):
+    (tmp_path / "cube.off").write_text(off(vertices=[*CUBE, (5, 5, 5)], head="OFF\n9 6 12\n"))
+    (tmp_path / "notes.txt").write_text("no mesh")
+    meshes.main(["--root", str(tmp_path), "--smoke", "--hidden", "0.4", "--out", str(tmp_path / "out")])
+    printed = capsys.readouterr().out
+    assert "cube.off: 1 vertices are in no face and left out" in printed
+    assert "cube.off: 8 vertices, 18 edges" in printed
+    for flags, message in (
+        (["--root", str(tmp_path), "--data", "sphere.obj"], "got sphere.obj, but"),
+        (["--data", "bunny.off"], "got bunny.off, but --root is not given"),
+        (["--root", str(tmp_path / "out")], "has no .off or .obj files"),
+        (["--walks", "3"], "--walks: must be even numbers"),
+        (["--hidden", "1"], "--hidden: must be between 0 and 1"),
+        (["--repeats", "0"], "--repeats: must be a positive integer"),
+    ):
+        with pytest.raises(SystemExit):
+            meshes.main(flags)
+        assert message in capsys.readouterr().err
