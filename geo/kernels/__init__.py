@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from geo.kernels.features import FeatureMap, SparseFeatures, features_of, normalized_adjacency, tail_mass
 from geo.kernels.grf_kernel import GRFKernel
+from geo.kernels.partition import PartitionedSampler, Traffic, sample_partitioned
 from geo.kernels.series import (
     Series,
     custom,
@@ -23,13 +24,18 @@ from geo.kernels.series import (
     sqrt_series,
 )
 from geo.kernels.stitched_kernel import StitchedKernel
+from geo.kernels.streaming import StreamingWalks, WalkUpdate
 
 __all__ = [
     "FeatureMap",
     "GRFKernel",
+    "PartitionedSampler",
     "Series",
     "SparseFeatures",
     "StitchedKernel",
+    "StreamingWalks",
+    "Traffic",
+    "WalkUpdate",
     "custom",
     "divide_series",
     "features_of",
@@ -42,6 +48,7 @@ __all__ = [
     "personalised_pagerank",
     "random_walk",
     "regularised_laplacian",
+    "sample_partitioned",
     "sqrt_series",
     "tail_mass",
 ]

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from geo.kernels.partition import sample_partitioned
+from geo.kernels import sample_partitioned
 
 
 def refused(**arguments) -> str:

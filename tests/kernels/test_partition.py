@@ -12,8 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from geo.kernels import normalized_adjacency
-from geo.kernels.partition import PartitionedSampler, Traffic, sample_partitioned
+from geo.kernels import PartitionedSampler, Traffic, normalized_adjacency, sample_partitioned
 from geo.ops import WalkDeposits, grf_paths, grf_walks
 
 SEED = 2**63 + 5

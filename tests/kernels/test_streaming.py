@@ -6,9 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from geo.kernels import normalized_adjacency, streaming
+from geo.kernels import StreamingWalks, normalized_adjacency, streaming
 from geo.kernels.ragged import Ragged
-from geo.kernels.streaming import StreamingWalks
 from geo.ops import WalkDeposits, grf_paths, grf_walks
 
 SEED = 2**63 + 77  # uses all 64 bits
