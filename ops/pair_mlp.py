@@ -19,7 +19,7 @@ from geo.ops import bounds
 from geo.ops.gather_mul import check_one_device, promote, widen
 from geo.ops.registration import define
 
-_TILE = 1 << 13  # pairs that the plain-PyTorch kernels take at a time, about
+_TILE = 1 << 12  # pairs that the plain-PyTorch kernels take at a time, about
 
 
 def pair_mlp(

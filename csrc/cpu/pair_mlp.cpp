@@ -4,7 +4,7 @@
 // of blocks (I, J) are taken in rounds, I + J = r mod the number of blocks: in a round each block has one partner, so the
 // tasks of a round add to rows of their own, and each row is added to in the order of the rounds. Gradients of weights are
 // summed for each list, or place in a round, and these in order. All is cut by the sizes alone.
-#include "../pair_mlp.h"
+#include "../pair_mlp_args.h"
 
 #include <torch/csrc/stable/library.h>
 
@@ -50,43 +50,11 @@ void fill_rows(T* to, const T* from, int64_t rows, int64_t columns, int64_t wide
   }
 }
 
-// The inputs, checked and contiguous.
-struct Inputs {
-  Tensor eigvecs, filters, ptr, params;
-  std::vector<int64_t> widths;  // of the input of each layer, and of the last one's output
-  bool leading;
-  int64_t nodes, graphs;
-
-  Inputs(const char* op, const Tensor& eigvecs_, const Tensor& filters_, const Tensor& ptr_, const Tensor& params_,
-         const std::vector<int64_t>& layers, bool leading_)
-      : eigvecs(made_contiguous(eigvecs_)), filters(made_contiguous(filters_)), ptr(made_contiguous(ptr_)),
-        params(made_contiguous(params_)), leading(leading_) {
-    STD_TORCH_CHECK(eigvecs.dim() == 2 && filters.dim() == 3 && params.dim() == 1, op,
-                    ": eigvecs must be [N, K], filters [B, K, M] and params have one axis");
-    check_index_dtype(ptr, op, "ptr");
-    nodes = eigvecs.size(0);
-    graphs = filters.size(0);
-    STD_TORCH_CHECK(ptr.numel() == graphs + 1 && filters.size(1) == eigvecs.size(1), op, ": filters must be [B, K, M]");
-    STD_TORCH_CHECK(filters.scalar_type() == eigvecs.scalar_type() && params.scalar_type() == eigvecs.scalar_type(), op,
-                    ": all floating tensors must have one dtype");
-    widths = {eigvecs.size(1), filters.size(2)};
-    int64_t size = leading ? widths[1] : 0;
-    for (int64_t out : layers) {
-      STD_TORCH_CHECK(out >= 0, op, ": widths must not be negative");
-      size += (widths.back() + 1) * out;
-      widths.push_back(out);
-    }
-    STD_TORCH_CHECK(params.numel() == size, op, ": params must have ", size, " entries for these widths");
-    check_ptr(op, index_data(ptr), graphs, nodes);
-  }
-  int64_t num_layers() const { return int64_t(widths.size()) - 1; }
-};
-
 // The layers as the leaves read them, and the work cut into tasks.
 template <class T>
 struct Job {
   const PairMLPTable& leaf = table(T{});
-  const Inputs& in;
+  const PairMLPArgs& in;
   PairJob job{};
   std::vector<PairLayer> layers;
   int64_t sum_size = 0;
@@ -96,7 +64,7 @@ struct Job {
   int64_t lists = 0;              // of graphs, or places of a round: how many sums there are
   std::vector<int64_t> first{0};  // graphs of each list
 
-  Job(const Inputs& inputs, bool backward, bool need_eigvecs) : in(inputs), ptr(index_data(inputs.ptr)) {
+  Job(const PairMLPArgs& inputs, bool backward, bool need_eigvecs) : in(inputs), ptr(index_data(inputs.ptr)) {
     const T* params = read<T>(in.params);
     int64_t widest = 0;
     for (int64_t l = 0; l < in.num_layers(); ++l) {
@@ -230,21 +198,14 @@ class Rows {
   int64_t rows_, width_, wide_;
 };
 
-template <class F>
-void dispatch(ScalarType dtype, const char* op, F&& f) {
-  if (dtype == ScalarType::Float) return f(float{});
-  STD_TORCH_CHECK(dtype == ScalarType::Double, op, ": not implemented for dtype ", torch::headeronly::toString(dtype),
-                  ", only for float32 and float64");
-  f(double{});
-}
-
 Tensor pair_mlp_cpu(const Tensor& eigvecs, const Tensor& filters, const Tensor& ptr, const Tensor& params,
                     std::vector<int64_t> widths, bool leading) {
   constexpr const char* op = "pair_mlp";
-  const Inputs in(op, eigvecs, filters, ptr, params, widths, leading);
-  Tensor out = torch::stable::new_empty(in.eigvecs, {in.nodes, in.widths.back()});
+  const PairMLPArgs in(op, eigvecs, filters, ptr, params, widths, leading);
+  check_ptr(op, index_data(in.ptr), in.graphs, in.nodes);
+  Tensor out = in.buffer({in.nodes, in.widths.back()});
   if (out.numel() == 0) return out;
-  dispatch(out.scalar_type(), op, [&](auto zero) {
+  in.dispatch(op, [&](auto zero) {
     using T = decltype(zero);
     Job<T> job(in, false, false);
     Rows<T> rows(out, in.nodes, in.widths.back(), job.wide(in.widths.back()));
@@ -266,16 +227,12 @@ std::tuple<Tensor, Tensor, Tensor> pair_mlp_backward_cpu(const Tensor& grad_, co
                                                          const Tensor& filters, const Tensor& ptr, const Tensor& params,
                                                          std::vector<int64_t> widths, bool leading, bool need_eigvecs) {
   constexpr const char* op = "pair_mlp_backward";
-  const Inputs in(op, eigvecs, filters, ptr, params, widths, leading);
-  const Tensor grad = made_contiguous(grad_);
-  STD_TORCH_CHECK(grad.dim() == 2 && grad.size(0) == in.nodes && grad.size(1) == in.widths.back(), op,
-                  ": grad must be of the shape of the result");
-  STD_TORCH_CHECK(grad.scalar_type() == in.eigvecs.scalar_type(), op, ": all floating tensors must have one dtype");
-  Tensor deigvecs = need_eigvecs ? torch::stable::new_empty(in.eigvecs, in.eigvecs.sizes())
-                                 : torch::stable::new_empty(in.eigvecs, {0});
-  Tensor dfilters = torch::stable::new_empty(in.filters, in.filters.sizes());
-  Tensor dparams = torch::stable::new_empty(in.params, in.params.sizes());
-  dispatch(grad.scalar_type(), op, [&](auto zero) {
+  const PairMLPArgs in(op, eigvecs, filters, ptr, params, widths, leading);
+  check_ptr(op, index_data(in.ptr), in.graphs, in.nodes);
+  const Tensor grad = in.grad(op, grad_);
+  Tensor deigvecs = need_eigvecs ? in.buffer({in.nodes, in.widths[0]}) : in.buffer({0});
+  Tensor dfilters = in.buffer({in.graphs, in.widths[0], in.widths[1]}), dparams = in.buffer({in.params.numel()});
+  in.dispatch(op, [&](auto zero) {
     using T = decltype(zero);
     Job<T> job(in, true, need_eigvecs);
     const PairLayer& head = job.layers[0];

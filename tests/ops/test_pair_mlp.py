@@ -1,9 +1,5 @@
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -41,7 +37,7 @@ def problem(
     ptr = torch.tensor([0, *sizes], device=device).cumsum(0)
     eigvecs, filters = torch.randn(sum(sizes), rank), torch.randn(len(sizes), rank, channels) / max(rank, 1) ** 0.5
     pairs = list(zip(widths, [channels, *widths], strict=False))
-    weights = [torch.randn(a, b) * (2 / b) ** 0.5 for a, b in pairs]
+    weights = [torch.randn(a, b) * (2 / max(b, 1)) ** 0.5 for a, b in pairs]
     biases = [torch.randn(a) for a in widths]
     floats = [eigvecs, filters, *weights, *biases, *([torch.randn(channels)] if leading else [])]
     eigvecs, filters, *layers = (t.to(device, dtype) for t in floats)
@@ -93,6 +89,17 @@ def test_equals_reference(sizes, channels, widths, leading, dtype, device):
 def test_equals_reference_at_every_rank(rank):
     args = flat(problem([23, 9], [64, 64], 16, False, rank, dtype=torch.float32))
     check_op(from_flat(pair_mlp, 2), from_flat(pair_mlp_reference, 2), args, 6)
+
+
+@pytest.mark.parametrize("sizes", [[], [4, 70]])
+def test_no_features(sizes):
+    args = problem(sizes, [], 0, True, 0)
+    args[0].requires_grad_()
+    out = pair_mlp(*args)
+    assert out.shape == (sum(sizes), 0)
+    assert torch.autograd.grad(out.sum(), args[0])[0].shape == args[0].shape
+    constant = problem(sizes, [3], 0, False, 0)
+    assert_close(pair_mlp(*constant), pair_mlp_reference(*constant))
 
 
 @pytest.mark.parametrize("leading", [False, True])
@@ -260,25 +267,3 @@ def test_bad_ptr(bad, device):
     for op in (pair_mlp, pair_mlp_reference):
         with pytest.raises(IndexError, match="is out of range"):
             op(eigvecs, filters, torch.tensor(bad, device=device), weights, biases, first)
-
-
-@pytest.mark.skipif(not _native.have("cpu"), reason="needs the compiled kernels")
-@pytest.mark.parametrize("level", _native.SIMD_LEVELS)
-def test_every_simd_level(level):
-    if level == _native.simd_level():
-        pytest.skip(f"{level} is what the other tests run")
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-m",
-        "not slow",
-        "-k",
-        "threads or not_contiguous",
-        str(Path(__file__)),
-    ]
-    done = subprocess.run(command, env={**os.environ, "GEO_SIMD": level}, capture_output=True, text=True, check=False)
-    if f"GEO_SIMD={level} is not supported" in done.stdout + done.stderr:
-        pytest.skip(f"this processor has no {level}")
-    assert done.returncode == 0, done.stdout

@@ -170,13 +170,13 @@ struct Runner {
   T* scratch;
   Panel panel;
 
-  static int64_t numbers(const PairJob& job, bool backward) {  // of a pair
+  static int64_t numbers(const PairJob& job, bool backward) {  // of a pair, not 0
     int64_t total = job.layers[0].wide_in, widest = total;
     for (int64_t l = 0; l < job.num_layers; ++l) {
       total += job.layers[l].wide_out;
       widest = job.layers[l].wide_out > widest ? job.layers[l].wide_out : widest;
     }
-    return backward ? total : 2 * widest;
+    return backward ? total + 1 : 2 * widest;
   }
   static int pairs(const PairJob& job, bool backward) {
     const int64_t fit = kPanelBytes / int64_t(sizeof(T)) / numbers(job, backward) / kPairs * kPairs;
