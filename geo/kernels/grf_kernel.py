@@ -14,6 +14,7 @@ from torch import Tensor
 from geo.kernels.exact_moments import WalkMoments, matrix_series, variance
 from geo.kernels.features import FeatureMap, SparseFeatures, normalized_adjacency
 from geo.kernels.series import Series
+from geo.kernels.streaming import StreamingWalks, WalkUpdate
 from geo.kernels.walk_matrix import Matrix, spectral_radius, step_squares, transposed
 from geo.ops import WalkDeposits, grf_walks, segment_sum_csr
 from geo.ops.walk_step import checked_law
@@ -216,6 +217,7 @@ class GRFKernel:
                 "sample anew, or start from the longer series"
             )
         out = copy.copy(self)
+        out._streams = None
         out._set_series(series)
         return out
 
@@ -258,16 +260,107 @@ class GRFKernel:
         first = self._sample(self._matrix, self.num_walks, 0)
         second = self._sample(self._transpose, self.num_walks, self.num_walks) if self.two_sets else first
         single = [self._sample(self._matrix, 1, k) for k in range(self.num_walks)] if self.debias_diag else []
-        self._deposits = (first, second, *single)
+        self._streams: list[StreamingWalks] | None = None  # the same walks, ready for a change of the graph
+        self._node_key: Tensor | None = None
+        self._set_deposits(first, second, *single)
+        return self
+
+    def _set_deposits(self, *deposits: WalkDeposits) -> None:
+        self._deposits = deposits
         longest = max((int(d.length.max()) for d in self._deposits[:2] if d.length.numel()), default=0)
         self._num_lengths = longest + 1
         self._maps: tuple[int, list[FeatureMap]] | None = None
         self._features = None
-        return self
 
     def _sample(self, matrix: Matrix, num_walks: int, first_walk: int) -> WalkDeposits:
         options = self._options | {"coupling": self.coupling, "first_walk": first_walk}
         return grf_walks(*matrix, num_walks=num_walks, seed=self.seed, **options)
+
+    def update(
+        self,
+        edges_added: Tensor | None = None,
+        edges_removed: Tensor | None = None,
+        weight_added: Tensor | None = None,
+        nodes_added: int = 0,
+        nodes_removed: Tensor | None = None,
+    ) -> tuple[WalkUpdate, ...]:
+        """Change the graph, and simulate again only the walks that visit a node whose edges change.
+
+        The kernel is then, bit for bit, what sampling the changed graph with the same seed gives. The first call also
+        finds the paths of all walks, which it keeps.
+
+        Args:
+            edges_added: As in :meth:`StreamingWalks.update`, like all that follow; on an undirected graph in both
+                directions.
+            edges_removed: See there.
+            weight_added: See there.
+            nodes_added: See there.
+            nodes_removed: See there.
+
+        Returns:
+            What was done, for each set of walks.
+
+        Raises:
+            IndexError: A node is out of range.
+            ValueError: The kernel does not have ``choice='rendezvous'``, its edge weights require gradients, an
+                undirected graph would become directed, the series diverges on the new graph, or what
+                :meth:`StreamingWalks.update` refuses. The kernel is then as it was.
+
+        Example:
+            >>> from geo.kernels import heat
+            >>> ring = torch.tensor([[0, 1, 2, 3, 1, 2, 3, 0], [1, 2, 3, 0, 0, 1, 2, 3]])
+            >>> kernel = GRFKernel(ring, heat(), coupling="antithetic", choice="rendezvous")
+            >>> first, second = kernel.update(edges_added=torch.tensor([[0, 2], [2, 0]]))
+            >>> first.touched.tolist(), len(first.start) < 4 * kernel.num_walks
+            ([0, 2], True)
+        """
+        streams = self._streams or self._new_streams()
+        self._streams = None  # until all of this has worked
+        done = []
+        for i, stream in enumerate(streams):
+            added, removed = edges_added, edges_removed
+            if self.directed and i == 1:  # these walks go against the edges
+                added, removed = (None if edges is None else edges.flip(0) for edges in (added, removed))
+            done.append(stream.update(added, removed, weight_added, nodes_added, nodes_removed))
+        out, first = copy.copy(self), streams[0]
+        out.num_nodes, out._graph, out._matrix = first.num_nodes, (first.edge_index, first.edge_weight), first.matrix
+        out._transpose, directed = transposed(*out._matrix)
+        if directed and not self.directed:
+            raise ValueError(
+                "edges_added, edges_removed: the graph was undirected and would become directed: give each edge in "
+                "both directions, with one weight"
+            )
+        out._plain, out._node_key = bool((first.edge_weight == 1).all()), first.node_key
+        out._set_series(self.series)
+        found = [stream.deposits for stream in streams]
+        out._set_deposits(*(found if self.two_sets else (found[0], *found)))
+        out._streams = streams
+        self.__dict__.update(out.__dict__)
+        return tuple(done)
+
+    def _new_streams(self) -> list[StreamingWalks]:
+        if self._options["choice"] != "rendezvous":
+            raise ValueError(
+                f"update: needs a kernel with choice='rendezvous', coupling='iid' or 'antithetic', and "
+                f"proposal='uniform'; got choice={self._options['choice']!r}"
+            )
+        (edge_index, weight), m = self._graph, self.num_walks
+        if weight is not None and weight.requires_grad:
+            raise ValueError(
+                "update: edge_weight requires a gradient, which walks do not keep; give edge_weight.detach()"
+            )
+        sets = [(edge_index, m, 0)]
+        if self.two_sets:
+            sets.append((edge_index.flip(0) if self.directed else edge_index, m, m))
+        if self.debias_diag:
+            sets += [(edge_index, 1, k) for k in range(m)]
+        options = {key: self._options[key] for key in ("p_halt", "survival", "max_length")}
+        options |= {"seed": self.seed, "coupling": self.coupling, "normalization": self.series.normalization}
+        options |= {"node_key": self._node_key, "dtype": self._matrix[2].dtype}
+        return [
+            StreamingWalks(edges, weight, self.num_nodes, num_walks=num, first_walk=first, **options)
+            for edges, num, first in sets
+        ]
 
     def features(self, f: Tensor | tuple[Tensor, Tensor] | None = None) -> tuple[SparseFeatures, SparseFeatures]:
         r"""The features :math:`\Phi_1, \Phi_2`, without the factor s and, for PageRank, the scaling by degrees.

@@ -61,6 +61,7 @@ class StreamingWalks:
     Attributes:
         num_nodes, num_walks: N and m.
         edge_index, edge_weight: The graph of now, sorted; weights as float64, before normalization.
+        matrix: The normalised graph, ``(rowptr, col, weight)``.
         node_key: int64 [N], the key of every node.
         deposits: What :func:`geo.ops.grf_walks` returns on the graph of now, with ``choice='rendezvous'``.
 
@@ -113,10 +114,10 @@ class StreamingWalks:
         self.num_nodes, self.num_walks = rowptr.size(0) - 1, num_walks
         self.node_key = _checked_keys(node_key, self._row, self.num_nodes)
         self._next_key = int(self.node_key.max()) + 1 if self.num_nodes else 0
-        graph, key = self._graph()
-        found = grf_walks(*graph, **self._options, node_key=key)
+        key = self._set_matrix()
+        found = grf_walks(*self.matrix, **self._options, node_key=key)
         self._rows = Ragged(found.ptr, found.col, found.length, found.value)
-        ptr, node, _ = grf_paths(*graph, **self._options, node_key=key)
+        ptr, node, _ = grf_paths(*self.matrix, **self._options, node_key=key)
         self._paths = Ragged(ptr, node)
         self._build_index()
 
@@ -198,11 +199,11 @@ class StreamingWalks:
         start, walk, touched = start[start >= 0], walk[start >= 0], number[touched]
         self._renumber(nodes_added, kept, number)
         self._row, self._col, self.edge_weight = number[row], number[col], weight
-        graph, key = self._graph()
-        ptr, node, _ = grf_paths(*graph, start, **self._options, node_key=key, walk=walk)
+        key = self._set_matrix()
+        ptr, node, _ = grf_paths(*self.matrix, start, **self._options, node_key=key, walk=walk)
         self._paths.replace(start * m + walk, ptr, node)
         rows = torch.unique(start)
-        self._rows.replace(rows, *self._deposits_of(rows, graph))
+        self._rows.replace(rows, *self._deposits_of(rows))
         if len(kept) < total:
             self._build_index()
         else:
@@ -212,12 +213,12 @@ class StreamingWalks:
     def __repr__(self) -> str:
         return f"StreamingWalks(num_nodes={self.num_nodes}, num_edges={len(self._row)}, num_walks={self.num_walks})"
 
-    def _graph(self) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor | None]:
-        """The matrix that walks run on, and the keys of nodes where they are not their numbers."""
+    def _set_matrix(self) -> Tensor | None:
+        """Normalise the graph of now; returns the keys of its nodes where they are not their numbers."""
         edges = self.edge_index, self.edge_weight
+        self.matrix = normalized_adjacency(*edges, self.num_nodes, self.normalization, self._dtype)
         plain = torch.equal(self.node_key, torch.arange(self.num_nodes, device=self._row.device))
-        graph = normalized_adjacency(*edges, self.num_nodes, self.normalization, self._dtype)
-        return graph, None if plain else self.node_key
+        return None if plain else self.node_key
 
     def _edit(
         self, added: Tensor, weight_added: Tensor, removed: Tensor, gone: Tensor
@@ -260,7 +261,7 @@ class StreamingWalks:
             ptr, col, length, value = self._rows.take(kept)
             self._rows = Ragged(ptr, number[col], length, value)
 
-    def _deposits_of(self, rows: Tensor, graph: tuple[Tensor, Tensor, Tensor]) -> WalkDeposits:
+    def _deposits_of(self, rows: Tensor) -> WalkDeposits:
         """The deposits of all walks from some starts, from their paths."""
         ptr, node = self._paths.take(_walks_from(rows, self.num_walks))
         first = torch.zeros_like(node, dtype=torch.bool)
@@ -268,7 +269,8 @@ class StreamingWalks:
         key = self._row * self.num_nodes + self._col
         edge, _ = _search(key, node.roll(1) * self.num_nodes + node)
         edge = torch.where(first, -1, edge)
-        return deposits_of(steps_of_paths(ptr, node, edge), graph[0], graph[2], None, self._law, len(rows))
+        rowptr, _, weight = self.matrix
+        return deposits_of(steps_of_paths(ptr, node, edge), rowptr, weight, None, self._law, len(rows))
 
     def _build_index(self) -> None:
         ptr, node = self._paths.packed()

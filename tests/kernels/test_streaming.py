@@ -6,7 +6,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from geo.kernels import StreamingWalks, normalized_adjacency, streaming
+from geo.kernels import (
+    GRFKernel,
+    StreamingWalks,
+    heat,
+    katz,
+    normalized_adjacency,
+    personalised_pagerank,
+    regularised_laplacian,
+    streaming,
+)
 from geo.kernels.ragged import Ragged
 from geo.ops import WalkDeposits, grf_paths, grf_walks
 
@@ -249,6 +258,68 @@ def test_threads():
     finally:
         torch.set_num_threads(before)
     assert_same(*found)
+
+
+KERNELS = {
+    "two sets": (heat(), {"coupling": "antithetic"}),
+    "one set": (regularised_laplacian(), {"coupling": "iid", "two_sets": False, "debias_diag": True}),
+    "directed": (heat(), {"coupling": "iid", "survival": [1.0, 0.8, 0.5, 0.2, 0.0]}),
+    "raw": (katz(0.05), {"coupling": "antithetic", "p_halt": 0.3}),
+    "pagerank": (personalised_pagerank(0.5), {"coupling": "antithetic", "p_halt": 0.3}),
+}
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_a_kernel_updated_equals_one_of_the_changed_graph(name):
+    model, (series, options) = Model(40, directed=name == "directed", seed=8), KERNELS[name]
+    options = {"num_walks": 4, "choice": "rendezvous", "dtype": torch.float32, **options}
+
+    def fresh(num_nodes: int) -> GRFKernel:
+        return GRFKernel(model.edges[0], series, model.edges[1], num_nodes, generator=torch.Generator(), **options)
+
+    kernel = fresh(40)
+    other = kernel.with_series(series)
+    before = other.dense()
+    for _ in range(2):
+        removed = model.pick(model.present, 2)
+        model.present[tuple(removed)] = False
+        added = model.pick(~model.present, 3)
+        done = kernel.update(added, removed, model.set(added))
+        assert all(len(update.start) > 0 for update in done)
+        assert len(done) == {"one set": 5}.get(name, 2)
+        expected = fresh(40)
+        for phi, psi in zip(kernel.features(), expected.features(), strict=True):
+            assert_same((phi.ptr, phi.col, phi.value), (psi.ptr, psi.col, psi.value))
+        assert_same((kernel.dense(), kernel.exact()), (expected.dense(), expected.exact()))
+    model.add_nodes(2, 40)
+    kernel.update(nodes_added=2)
+    assert_same((kernel.dense(),), (fresh(42).dense(),))
+    kernel.update(nodes_removed=torch.tensor([0]))
+    assert kernel.shape == (41, 41)
+    shared, features = kernel.with_series(series), kernel.dense()
+    shared.update()  # finds its own paths, by the same keys
+    assert_same((shared.dense(), other.dense()), (features, before))
+    assert kernel.resample().dense().shape == (41, 41)
+
+
+def test_what_the_update_of_a_kernel_refuses():
+    edges = torch.tensor([[0, 1, 1, 2], [1, 0, 2, 1]])
+    with pytest.raises(ValueError, match=r"update: needs a kernel with choice='rendezvous'.*got choice='slot'"):
+        GRFKernel(edges, heat()).update()
+    options = {"coupling": "antithetic", "choice": "rendezvous", "p_halt": 0.2}
+    weight = torch.ones(4, requires_grad=True)
+    with pytest.raises(ValueError, match=r"update: edge_weight requires a gradient.*detach\(\)"):
+        GRFKernel(edges, heat(), weight, **options).update()
+    kernel = GRFKernel(edges, katz(0.5), **options)
+    before = kernel.dense()
+    with pytest.raises(ValueError, match=r"would become directed: give each edge in both directions"):
+        kernel.update(edges_added=torch.tensor([[0], [2]]))
+    with pytest.raises(ValueError, match=r"series: the modulation of .* converges for spectral radii below"):
+        kernel.update(edges_added=edges, weight_added=torch.full((4,), 5.0))
+    assert_same((kernel.dense(),), (before,))
+    assert_same((kernel._graph[0],), (edges,))
+    kernel.update()
+    assert_same((kernel.dense(),), (before,))
 
 
 @pytest.mark.parametrize(
