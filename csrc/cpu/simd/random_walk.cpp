@@ -4,11 +4,7 @@
 // then finds each one's edge, then follows it, and asks for the memory that the next of these needs.
 #include "../random_walk_table.h"
 
-#include "vec.h"
-
-#if GEO_SIMD_LEVEL == 0 && defined(__SSE2__)
-#include <emmintrin.h>
-#endif
+#include "random_lane.h"
 
 namespace geo {
 namespace GEO_SIMD_NAMESPACE {
@@ -17,27 +13,10 @@ namespace {
 constexpr int kGroup = 64;  // walks
 constexpr int kLanes = vec<uint64_t>::lanes;
 
-struct VectorLane {
-  typedef vbits64 type;
-  GEO_INLINE type product(type word, uint32_t factor) {
-#if GEO_SIMD_LEVEL == 2
-    return (type)_mm512_mul_epu32((__m512i)word, _mm512_set1_epi64(factor));
-#elif GEO_SIMD_LEVEL == 1
-    return (type)_mm256_mul_epu32((__m256i)word, _mm256_set1_epi64x(factor));
-#elif defined(__SSE2__)
-    return (type)_mm_mul_epu32((__m128i)word, _mm_set1_epi64x(factor));
-#else
-    return (word & uint64_t(0xffffffffu)) * uint64_t(factor);
-#endif
-  }
-};
-
 struct Group {
   alignas(64) uint64_t key[kGroup], walk[kGroup], choice[kGroup], halt[kGroup];
   int64_t at[kGroup], before[kGroup], edge[kGroup];  // at: -1 where the walk has ended
 };
-
-GEO_INLINE vbits64& lanes(uint64_t* p) { return *reinterpret_cast<vbits64*>(p); }
 
 GEO_NOINLINE void draw_all(Group& group, int count, uint64_t seed, int64_t step) {
   for (int i = 0; i < count; i += kLanes) {

@@ -1,0 +1,279 @@
+// Leaf kernels of the walks of graph random features, compiled once per SIMD level (see vec.h).
+//
+// The walks of many starts go in lockstep, so that their cache misses overlap and their draws fill vectors. Each pass does
+// one thing for all of them, and asks for the memory that the next one needs.
+#include "../grf_walks_table.h"
+
+#include "random_lane.h"
+
+namespace geo {
+namespace GEO_SIMD_NAMESPACE {
+namespace {
+
+constexpr int kLanes = vec<uint64_t>::lanes;
+typedef int32_t vint __attribute__((vector_size(GEO_VECTOR_BYTES)));
+typedef int32_t vint_loose __attribute__((vector_size(GEO_VECTOR_BYTES), aligned(4), may_alias));
+constexpr int kInts = GEO_VECTOR_BYTES / 4;
+
+GEO_INLINE void note(Outcome* outcome, int fault, int64_t position) {
+  if (outcome->fault >= 0 && (outcome->fault < fault || (outcome->fault == fault && outcome->position <= position))) return;
+  *outcome = {fault, position};
+}
+
+void draw_all(const GrfBatch& batch, int64_t count, uint64_t seed, uint64_t step, bool antithetic) {
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const vbits64 key = lanes(batch.key + i), decider = lanes(batch.decider + i);
+    vbits64 c0 = key, c1 = lanes(batch.walk + i), c2 = vbits64{} + step, c3 = vbits64{};
+    philox<VectorLane>(c0, c1, c2, c3, seed);
+    lanes(batch.choice + i) = choice_bits<VectorLane>(c0, c1);
+    if (antithetic) {
+      c0 = key, c1 = decider, c2 = vbits64{} + step, c3 = vbits64{};
+      philox<VectorLane>(c0, c1, c2, c3, seed);
+    }
+    lanes(batch.halt + i) = halt_word(c2, decider);
+  }
+}
+
+template <class I>
+GEO_INLINE const I* column(const GrfGraph& graph, int64_t edge) {
+  return reinterpret_cast<const I*>(static_cast<const char*>(graph.edges) + edge * graph.edge_bytes);
+}
+
+template <class I, bool kSlot>
+int64_t depart(const GrfGraph& graph, const GrfBatch& batch, int64_t count, uint64_t halt_below, Outcome* outcome) {
+  const WalkGraph<I> rows{static_cast<const I*>(graph.ptr), nullptr, graph.num_nodes, graph.num_edges};
+  uint32_t* row_of_next = batch.row + count;
+  int64_t to = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const Row row = row_of(rows, batch.node[i]);
+    if (row.bad >= 0) note(outcome, kBadRowptr, row.bad);
+    bool goes = batch.halt[i] >= halt_below && row.degree > 0;
+    if (graph.units && row.degree > 0) goes &= graph.units[row.begin + row.degree - 1] > 0;
+    batch.key[to] = batch.key[i];
+    batch.walk[to] = batch.walk[i];
+    batch.decider[to] = batch.decider[i];
+    batch.owner[to] = batch.owner[i];
+    batch.from[to] = uint32_t(i);
+    batch.begin[to] = row.begin;
+    batch.degree[to] = row.degree;
+    row_of_next[to] = batch.row[i];
+    if (kSlot) {
+      const int64_t edge = row.begin + below(batch.choice[i], row.degree);
+      batch.edge[to] = edge;
+      __builtin_prefetch(column<I>(graph, edge));
+    } else {
+      batch.choice[to] = batch.choice[i];
+    }
+    to += goes;
+  }
+  return to;
+}
+
+// Which walks of one start stand at one node.
+void group(const GrfBatch& batch, int64_t count) {
+  const uint64_t mask = uint64_t(batch.num_heads - 1);
+  for (int64_t i = 0; i < batch.num_heads; ++i) batch.head[i] = -1;
+  int64_t begin = 0;  // of the walks of this start
+  for (int64_t i = 0; i < count; ++i) {
+    if (batch.owner[i] != batch.owner[begin]) begin = i;
+    const uint32_t node = batch.node[batch.from[i]];
+    int32_t& head = batch.head[(uint64_t(node) * 0x9E3779B97F4A7C15u >> 32) & mask];
+    int32_t at = head;
+    while (at >= begin && batch.node[batch.from[at]] != node) at = batch.chain[at];
+    const bool found = at >= begin;
+    batch.before[i] = found ? at : -1;
+    batch.first[i] = found ? batch.first[at] : int32_t(i);
+    batch.place[i] = found ? batch.place[at] + 1 : 0;
+    batch.chain[i] = head;
+    head = int32_t(i);
+  }
+}
+
+template <class I>
+void choose(const GrfGraph& graph, const GrfBatch& batch, int64_t count, int64_t flags) {
+  if (flags & kRendezvous) {
+    for (int64_t i = 0; i < count; ++i) {
+      int64_t edge = batch.begin[i], least = INT64_MAX, least_key = 0;
+      for (int64_t e = batch.begin[i]; e < batch.begin[i] + batch.degree[i]; ++e) {
+        const uint64_t node = uint64_t(*column<I>(graph, e));
+        if (node >= uint64_t(graph.num_nodes)) {
+          edge = e;  // whatever: to follow it is a fault
+          break;
+        }
+        const int64_t key = graph.node_key ? graph.node_key[node] : int64_t(node);
+        const int64_t hash = neighbour_hash(batch.choice[i], uint64_t(key));
+        if (hash < least || (hash == least && (key < least_key || e == batch.begin[i]))) {
+          edge = e;
+          least = hash;
+          least_key = key;
+        }
+      }
+      batch.edge[i] = edge;
+    }
+    return;
+  }
+  if (!(flags & kRepelling)) {
+    for (int64_t i = 0; i < count; ++i)
+      batch.edge[i] = edge_at(graph.units, batch.begin[i], batch.degree[i], batch.choice[i] >> 32);
+  } else if (graph.units) {
+    group(batch, count);
+    int32_t* const size = batch.chain;  // which is done with
+    for (int64_t i = 0; i < count; ++i) size[batch.first[i]] = batch.place[i] + 1;
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t first = batch.first[i];
+      const uint64_t point = systematic_point(batch.choice[first] >> 32, batch.place[i], size[first]);
+      batch.edge[i] = edge_at(graph.units, batch.begin[i], batch.degree[i], point);
+    }
+  } else {
+    group(batch, count);
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t degree = batch.degree[i];
+      int64_t place = batch.place[i];
+      if (place >= degree) place %= degree;
+      int64_t slot = place + below(batch.choice[i], degree - place);
+      batch.target[i] = slot;
+      int64_t at = i;
+      for (int64_t other = place - 1; other >= 0; --other) {
+        at = batch.before[at];
+        slot = follow_swap(slot, batch.target[at], other);
+      }
+      batch.edge[i] = batch.begin[i] + slot;
+      __builtin_prefetch(column<I>(graph, batch.edge[i]));
+    }
+  }
+}
+
+template <class P>
+struct Payload {
+  template <class I>
+  GEO_INLINE P next(const GrfGraph& graph, const GrfBatch& batch, int64_t i, int64_t edge, P gain) {
+    P factor;
+    if (sizeof(I) == 4) {
+      const char* record = static_cast<const char*>(graph.edges) + edge * graph.edge_bytes;
+      factor = *reinterpret_cast<const P*>(record + sizeof(P));
+    } else {
+      factor = static_cast<const P*>(graph.weight)[edge] *
+               over_probability<P>(graph.units, batch.begin[i], batch.degree[i], edge);
+    }
+    return static_cast<const P*>(batch.payload)[batch.from[i]] * factor * gain;
+  }
+};
+template <>
+struct Payload<int64_t> {
+  template <class I>
+  GEO_INLINE int64_t next(const GrfGraph&, const GrfBatch&, int64_t, int64_t edge, int64_t) {
+    return edge;
+  }
+};
+
+template <class I, class P>
+void follow(const GrfGraph& graph, const GrfBatch& batch, int64_t count, int64_t num_before, double gain_,
+            Outcome* outcome) {
+  const I* ptr = static_cast<const I*>(graph.ptr);
+  const P gain = P(gain_);
+  uint32_t* node = batch.node + num_before;
+  P* payload = static_cast<P*>(batch.payload) + num_before;
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t edge = batch.edge[i];
+    const uint64_t next = uint64_t(*column<I>(graph, edge));
+    if (next >= uint64_t(graph.num_nodes)) {
+      note(outcome, kBadCol, edge);
+      continue;
+    }
+    __builtin_prefetch(ptr + next);
+    node[i] = uint32_t(next);
+    payload[i] = Payload<P>::template next<I>(graph, batch, i, edge, gain);
+  }
+}
+
+template <class P>
+void bucket(const GrfBatch& batch, const GrfBuckets& buckets, int64_t count, int32_t length) {
+  const P* from = static_cast<const P*>(batch.payload);
+  P* to = static_cast<P*>(buckets.payload);
+  for (int64_t i = 0; i < count; ++i) {
+    const int32_t at = buckets.next[batch.row[i]]++;
+    buckets.node[at] = batch.node[i];
+    buckets.length[at] = length;
+    to[at] = from[i];
+  }
+}
+
+// Few numbers: each one's place is how many are less, or equal and before it.
+constexpr int64_t kFew = 96;
+void order_few(const uint32_t* col, int64_t count, uint64_t* order) {
+  vint lane;
+  for (int l = 0; l < kInts; ++l) lane[l] = l;
+  for (int64_t i = 0; i < count; i += kInts) {
+    const vint own = *reinterpret_cast<const vint_loose*>(col + i), after = own + 1;
+    const int64_t last = i + kInts < count ? i + kInts : count;
+    vint rank = {};
+    for (int64_t j = 0; j < i; ++j) rank -= (vint)(int32_t(col[j]) < after);
+    for (int64_t j = i; j < last; ++j) rank -= (vint)(int32_t(col[j]) < own - (vint)(lane > int32_t(j - i)));
+    for (int64_t j = last; j < count; ++j) rank -= (vint)(int32_t(col[j]) < own);
+    for (int64_t l = 0; l < last - i; ++l) order[rank[l]] = uint64_t(col[i + l]) << 32 | uint64_t(i + l);
+  }
+}
+
+// Many: a stable radix sort by bytes.
+uint64_t* order_many(const uint32_t* col, int64_t count, int64_t num_nodes, uint64_t* order, uint64_t* other) {
+  for (int64_t i = 0; i < count; ++i) order[i] = uint64_t(col[i]) << 32 | uint64_t(i);
+  for (int shift = 32; shift == 32 || (uint64_t(num_nodes - 1) << 32) >> shift; shift += 8) {
+    int32_t start[256] = {};
+    for (int64_t i = 0; i < count; ++i) ++start[order[i] >> shift & 255];
+    int32_t sum = 0;
+    for (int b = 0; b < 256; ++b) {
+      const int32_t size = start[b];
+      start[b] = sum;
+      sum += size;
+    }
+    for (int64_t i = 0; i < count; ++i) other[start[order[i] >> shift & 255]++] = order[i];
+    uint64_t* const swap = order;
+    order = other;
+    other = swap;
+  }
+  return order;
+}
+
+template <class P>
+int64_t coalesce(const GrfBuckets& buckets, const int32_t* row_ptr, int64_t num_rows, int64_t num_nodes, double walks_,
+                 uint64_t* scratch, void* entries, int64_t* counts) {
+  const P walks = P(walks_);
+  GrfEntry<P>* out = static_cast<GrfEntry<P>*>(entries);
+  GrfEntry<P>* const begin = out;
+  for (int64_t row = 0; row < num_rows; ++row) {
+    const int64_t first = row_ptr[row], count = row_ptr[row + 1] - first;
+    const uint32_t* col = buckets.node + first;
+    const int32_t* length = buckets.length + first;
+    const P* load = static_cast<const P*>(buckets.payload) + first;
+    uint64_t* order = scratch;
+    if (count <= kFew)
+      order_few(col, count, order);
+    else
+      order = order_many(col, count, num_nodes, scratch, scratch + count);
+    GrfEntry<P>* const row_begin = out;
+    for (int64_t i = 0; i < count;) {
+      const uint64_t key = order[i] >> 32;
+      const int32_t own = length[order[i] & kLowWord];
+      P sum = load[order[i] & kLowWord];
+      for (++i; i < count && order[i] >> 32 == key && length[order[i] & kLowWord] == own; ++i)
+        sum += load[order[i] & kLowWord];
+      *out++ = {uint32_t(key), own, sum / walks};
+    }
+    counts[row] = out - row_begin;
+  }
+  return out - begin;
+}
+
+}  // namespace
+
+#define GEO_GRF_FOLLOW(I) {follow<I, float>, follow<I, double>, follow<I, int64_t>}
+const GrfTable grf_walks = {draw_all,
+                            {{depart<int64_t, false>, depart<int64_t, true>},
+                             {depart<uint32_t, false>, depart<uint32_t, true>}},
+                            {choose<int64_t>, choose<uint32_t>},
+                            {GEO_GRF_FOLLOW(int64_t), GEO_GRF_FOLLOW(uint32_t)},
+                            {bucket<float>, bucket<double>, bucket<int64_t>},
+                            {coalesce<float>, coalesce<double>}};
+
+}  // namespace GEO_SIMD_NAMESPACE
+}  // namespace geo
