@@ -396,12 +396,13 @@ def _log_determinants(solution: Solution, n: int) -> Tensor:
 
 
 def _signs(n: int, k: int, like: Tensor, generator: torch.Generator | None) -> Tensor:
-    bits = torch.randint(2, (n, k), device=like.device, generator=generator)
-    return 2.0 * bits.to(like) - 1.0
+    device = like.device if generator is None else generator.device
+    return 2.0 * torch.randint(2, (n, k), device=device, generator=generator).to(like) - 1.0
 
 
 def _normal(shape: tuple[int, int], like: Tensor, generator: torch.Generator | None) -> Tensor:
-    return torch.randn(shape, dtype=like.dtype, device=like.device, generator=generator)
+    device = like.device if generator is None else generator.device
+    return torch.randn(shape, dtype=like.dtype, device=device, generator=generator).to(like.device)
 
 
 def _compact(phi: SparseFeatures, nodes: Tensor) -> tuple[SparseFeatures, Tensor, Tensor]:

@@ -14,7 +14,7 @@ from geo.kernels import FeatureMap, SparseFeatures, heat, normalized_adjacency
 from geo.nn.learnable_modulation import LearnableModulation
 from geo.ops import WalkDeposits, csr_from_index, grf_walks
 
-_CHUNK = 1 << 24  # numbers of one array of a chunk
+_CHUNK = 1 << 25  # numbers of one array of a chunk
 _FLOOR = 1e-3  # of the map 'relu', which else leaves nodes without any weight
 
 Walks = FeatureMap | WalkDeposits | SparseFeatures
@@ -57,8 +57,10 @@ class GRFLinearAttention(nn.Module):
     row 1: a node attends to those it reaches, and the second set goes the other way, which for undirected graphs is the
     same.
 
-    Sampling walks takes as long as a few layers. Layers share walks drawn once by :meth:`sample` and passed as
-    ``walks``; for one graph ``cached=True`` keeps them.
+    Sampling walks takes about as long as a layer. Layers share walks drawn once by :meth:`sample` and passed as
+    ``walks``; for one graph ``cached=True`` keeps them; for undirected graphs of a dataset
+    :class:`geo.transforms.AddGRF` draws them once, without a series, and with another ``first_walk`` for the second
+    set.
 
     Args:
         channels: Width of the nodes.

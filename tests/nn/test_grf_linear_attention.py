@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from torch_geometric.data import Batch, Data
 from torch_geometric.nn import SAGEConv
+from torch_geometric.transforms import Compose
 
 from geo.kernels import FeatureMap, GRFKernel, SparseFeatures, heat, inverse_cosine, normalized_adjacency
 from geo.nn import GPSGlobalConv, GRFLinearAttention, LearnableModulation
@@ -17,6 +18,7 @@ from geo.testing import (
     assert_state_dict_roundtrip,
     check_derivatives,
 )
+from geo.transforms import AddGRF, read_grf
 
 C = 8
 
@@ -357,6 +359,16 @@ def test_walks_given():
     deposits = tuple(grf_walks(*matrix, first_walk=8 * k, **options) for k in (0, 1))
     assert torch.equal(run(layers[0], data, walks=deposits), run(layers[0], data))
     assert isinstance(walks[0], FeatureMap)
+
+
+def test_walks_of_a_dataset():
+    """Drawn by transforms before batching, they are those that the layer draws."""
+    layer = GRFLinearAttention(C, 2).double()
+    options = {"num_walks": 8, "max_length": 8, "seed": int(layer.seed), "dtype": torch.float64}
+    add = Compose([AddGRF(**options), AddGRF(**options, attr_name="second", first_walk=8)])
+    data = Batch.from_data_list([add(d) for d in graphs()])
+    walks = (read_grf(data), read_grf(data, "second"))
+    assert_close(layer(data.x, data.edge_index, data.batch, walks=walks), run(layer, data))
 
 
 def test_as_the_global_module_of_gps():
