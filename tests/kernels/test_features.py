@@ -66,12 +66,18 @@ def test_one_map_serves_all_modulations():
 
 def test_products():
     phi, dense = sparse()
-    for shape in ((4,), (4, 3), (4, 2, 3), (4, 0)):
+    for shape in ((4,), (4, 1), (4, 3), (4, 2, 3), (4, 0)):
         v = torch.randn(shape, dtype=torch.float64)
         torch.testing.assert_close(phi.matmul(v), torch.tensordot(dense, v, 1))
+        learned = v.clone().requires_grad_()  # the path that keeps gradients
+        torch.testing.assert_close(phi.matmul(learned), torch.tensordot(dense, v, 1))
     for shape in ((6,), (6, 3), (6, 2, 3), (6, 0)):
         v = torch.randn(shape, dtype=torch.float64)
         torch.testing.assert_close(phi.t_matmul(v), torch.tensordot(dense.t(), v, 1))
+        other = phi.with_value(2 * phi.value)
+        torch.testing.assert_close(other.t_matmul(v), torch.tensordot(2 * dense.t(), v, 1))
+        learned = v.clone().requires_grad_()
+        torch.testing.assert_close(phi.t_matmul(learned), torch.tensordot(dense.t(), v, 1))
 
 
 def test_rows():
@@ -161,6 +167,20 @@ def test_symmetric_to_the_last_place():
     assert torch.equal(dense, dense.t())
 
 
+def test_order_of_edges_does_not_matter():
+    generator = torch.Generator().manual_seed(3)
+    edge_index, weight = torch.randint(30, (2, 200), generator=generator), torch.rand(200, generator=generator)
+    rowptr, col, value = normalized_adjacency(edge_index, weight, 30)
+    order = torch.randperm(200, generator=generator)
+    for a, b in zip(normalized_adjacency(edge_index[:, order], weight[order], 30), (rowptr, col, value), strict=True):
+        torch.testing.assert_close(a, b)
+    row = torch.repeat_interleave(torch.arange(30), rowptr.diff())
+    raw = normalized_adjacency(edge_index, weight, 30, None)
+    again = normalized_adjacency(torch.stack([row, col]), raw[2], 30)  # sorted, without repeated edges
+    for a, b in zip(again, (rowptr, col, value), strict=True):
+        torch.testing.assert_close(a, b)
+
+
 @pytest.mark.parametrize("signs", [False, True])
 @pytest.mark.parametrize("directed", [False, True])
 def test_norm_is_at_most_one(signs, directed):
@@ -203,5 +223,7 @@ def test_refused_graphs():
         normalized_adjacency(edge_index, dtype=torch.int64)
     with pytest.raises(IndexError, match=r"edge_index\[1\]"):
         normalized_adjacency(edge_index, num_nodes=2)
-    with pytest.raises(IndexError, match=r"edge_index\[0\]"):
+    with pytest.raises(IndexError, match=r"edge_index\[0\]\[0\] = -1 is out of range"):
         normalized_adjacency(edge_index - 1)
+    with pytest.raises(IndexError, match=r"edge_index\[0\]\[1\] = 7 is out of range \[0, 3\]"):
+        normalized_adjacency(torch.tensor([[3, 7], [2, 1]]), num_nodes=4)
