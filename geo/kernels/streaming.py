@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from geo.kernels.features import normalized_adjacency
-from geo.kernels.ragged import Ragged
+from geo.kernels.ragged import Ragged, edges_of, edited, ptr_of, renumbered, row_sums, search
 from geo.ops import WalkDeposits, csr_from_index, grf_paths, grf_walks
 from geo.ops.grf_walks import deposits_of, steps_of_paths
 from geo.ops.plan import index_from_csr
-from geo.ops.walk_step import checked_law
+from geo.ops.walk_step import LONGEST, checked_law, walk_step
 
 _STALE = 8  # the index is built anew when the walks that it does not know make up one part in so many
 
@@ -37,8 +37,9 @@ class StreamingWalks:
     Each step of a walk is a pure function of the seed, the start, the number of the walk, the step, and the edges of
     the present node, whose neighbours are chosen by rendezvous (the one with the least hash). So a change of edges
     leaves the walks alone that visit no touched node. :meth:`update` finds the others by an index from nodes to walks,
-    simulates exactly these, and puts the deposits of their starts together anew. Beside that it passes over the edges
-    once, and now and then, when enough has changed, packs the store and sorts the index.
+    simulates exactly these, and puts the deposits of their starts together anew. It reads the rows of nodes that are
+    touched or visited, no others; now and then, when enough has changed, it packs its stores and sorts the index, and
+    when nodes are removed it passes over everything once.
 
     Touched are both ends of every edge that is added, removed or given another weight; with ``normalization=None``,
     when the weights of other edges stay, its source alone.
@@ -61,7 +62,7 @@ class StreamingWalks:
     Attributes:
         num_nodes, num_walks: N and m.
         edge_index, edge_weight: The graph of now, sorted; weights as float64, before normalization.
-        matrix: The normalised graph, ``(rowptr, col, weight)``.
+        matrix: The graph of now, normalised: ``(rowptr, col, weight)``.
         node_key: int64 [N], the key of every node.
         deposits: What :func:`geo.ops.grf_walks` returns on the graph of now, with ``choice='rendezvous'``.
 
@@ -101,30 +102,46 @@ class StreamingWalks:
         dtype: torch.dtype | None = None,
     ) -> None:
         self._law = checked_law(num_walks, seed, p_halt, survival, coupling, "rendezvous", first_walk, max_length)
+        self._longest = LONGEST if max_length is None else max_length
         self._options: dict[str, Any] = {
             "num_walks": num_walks, "seed": seed, "p_halt": p_halt, "survival": survival, "coupling": coupling,
             "choice": "rendezvous", "first_walk": first_walk, "max_length": max_length,
         }  # fmt: skip
-        weight = None if edge_weight is None else edge_weight.detach()
+        weight = None if edge_weight is None else edge_weight.detach().clone()  # what is kept is not the caller's
         if dtype is None:
             dtype = weight.dtype if weight is not None and weight.is_floating_point() else torch.get_default_dtype()
         self._dtype, self.normalization = dtype, normalization
-        rowptr, self._col, self.edge_weight = normalized_adjacency(edge_index, weight, num_nodes, None, torch.float64)
-        self._row = index_from_csr(rowptr, None, self._col.size(0))
+        rowptr, col, weight = normalized_adjacency(edge_index.clone(), weight, num_nodes, None, torch.float64)
         self.num_nodes, self.num_walks = rowptr.size(0) - 1, num_walks
-        self.node_key = _checked_keys(node_key, self._row, self.num_nodes)
+        by_target, perm = csr_from_index(col, self.num_nodes)
+        row = index_from_csr(rowptr, None, col.size(0))[perm]
+        self._edges = Ragged(rowptr, col, weight), Ragged(by_target, row, weight[perm])  # by source, by target
+        self._sums = [row_sums(rowptr, weight), row_sums(by_target, weight[perm])]
+        self.node_key = _checked_keys(node_key, rowptr)
         self._next_key = int(self.node_key.max()) + 1 if self.num_nodes else 0
-        key = self._set_matrix()
-        found = grf_walks(*self.matrix, **self._options, node_key=key)
+        graph = self.matrix
+        found = grf_walks(*graph, **self._options, node_key=node_key)
         self._rows = Ragged(found.ptr, found.col, found.length, found.value)
-        ptr, node, _ = grf_paths(*self.matrix, **self._options, node_key=key)
+        ptr, node, _ = grf_paths(*graph, **self._options, node_key=node_key)
         self._paths = Ragged(ptr, node)
         self._build_index()
 
     @property
     def edge_index(self) -> Tensor:
-        """int64 [2, E], the edges of now."""
-        return torch.stack([self._row, self._col])
+        """int64 [2, E], the edges of now, sorted."""
+        ptr, col, _ = self._edges[0].packed()
+        return torch.stack([index_from_csr(ptr, None, len(col)), col])
+
+    @property
+    def edge_weight(self) -> Tensor:
+        """float64 [E], their weights before normalization."""
+        return self._edges[0].packed()[2]
+
+    @property
+    def matrix(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The normalised graph of now, ``(rowptr, col, weight)``."""
+        edges = self.edge_index, self.edge_weight
+        return normalized_adjacency(*edges, self.num_nodes, self.normalization, self._dtype)
 
     @property
     def deposits(self) -> WalkDeposits:
@@ -174,7 +191,7 @@ class StreamingWalks:
             nodes_removed: int64 [K], nodes to remove.
 
         Returns:
-            What was done. The cost is that of ``len(start)`` walks and one pass over the graph's edges.
+            What was done.
 
         Raises:
             IndexError: A node is out of range.
@@ -184,93 +201,101 @@ class StreamingWalks:
         if nodes_added < 0:
             raise ValueError(f"nodes_added: expected a number of at least 0, got {nodes_added}")
         total, m = self.num_nodes + nodes_added, self.num_walks
-        added = _checked_nodes("edges_added", edges_added, 2, total, self._row)
-        removed = _checked_nodes("edges_removed", edges_removed, 2, total, self._row)
-        gone = torch.zeros(total, dtype=torch.bool, device=self._row.device)
-        gone[_checked_nodes("nodes_removed", nodes_removed, 1, total, self._row)] = True
-        row, col, weight, changed = self._edit(added, _checked_weight(weight_added, added), removed, gone)
-        touched = torch.unique(changed.flatten() if self.normalization == "sym" else changed[0])
-        walks = torch.cat([self.walks_through(touched), torch.arange(self.num_nodes * m, total * m, device=row.device)])
+        added = _checked_nodes("edges_added", edges_added, 2, total, self.node_key)
+        removed = _checked_nodes("edges_removed", edges_removed, 2, total, self.node_key)
+        gone = torch.unique(_checked_nodes("nodes_removed", nodes_removed, 1, total, self.node_key))
+        weight = _checked_weight(weight_added, added)
+        if len(gone):  # their edges go first
+            falls = [edges_of(rows, gone[gone < self.num_nodes]) for rows in self._edges]
+            removed = torch.cat([removed, falls[0], falls[1].flip(0)], dim=1)
+            stays = ~torch.isin(added, gone).any(0)
+            added, weight = added[:, stays], weight[stays]
+        by_source = edited(self._edges[0], added, weight, removed, total)
+        by_target = edited(self._edges[1], added.flip(0), weight, removed.flip(0), total)
+        changed = torch.cat([added, removed], dim=1)
+        touched = torch.unique(changed if self.normalization == "sym" else changed[0])
+        new = torch.arange(self.num_nodes * m, total * m, device=touched.device)
+        walks = torch.cat([self.walks_through(touched), new])
 
-        kept = (~gone).nonzero().flatten()
-        number = gone.cumsum(0)  # of each node after the change; -1 for those that go
-        number = torch.where(gone, -1, torch.arange(total, device=row.device) - number)
-        start, walk = number[walks // m], walks % m
-        start, walk, touched = start[start >= 0], walk[start >= 0], number[touched]
-        self._renumber(nodes_added, kept, number)
-        self._row, self._col, self.edge_weight = number[row], number[col], weight
-        key = self._set_matrix()
-        ptr, node, _ = grf_paths(*self.matrix, start, **self._options, node_key=key, walk=walk)
-        self._paths.replace(start * m + walk, ptr, node)
+        self._grow(nodes_added)
+        for edges, sums, (nodes, ptr, other, kept) in zip(self._edges, self._sums, (by_source, by_target), strict=True):
+            edges.replace(nodes, ptr, other, kept)
+            sums[nodes] = row_sums(ptr, kept)
+        if len(gone):
+            number = self._forget(gone)
+            start, touched = number[walks // m], number[touched]
+            walks, touched = (start * m + walks % m)[start >= 0], touched[touched >= 0]
+        start, walk = walks // m, walks % m
+        self._paths.replace(walks, *self._walk(start, walk))
         rows = torch.unique(start)
         self._rows.replace(rows, *self._deposits_of(rows))
-        if len(kept) < total:
+        if len(gone):
             self._build_index()
         else:
-            self._remember(start * m + walk)
-        return WalkUpdate(touched[touched >= 0], start, walk, rows)
+            self._remember(walks)
+        return WalkUpdate(touched, start, walk, rows)
 
     def __repr__(self) -> str:
-        return f"StreamingWalks(num_nodes={self.num_nodes}, num_edges={len(self._row)}, num_walks={self.num_walks})"
+        num_edges = int(self._edges[0].count.sum())
+        return f"StreamingWalks(num_nodes={self.num_nodes}, num_edges={num_edges}, num_walks={self.num_walks})"
 
-    def _set_matrix(self) -> Tensor | None:
-        """Normalise the graph of now; returns the keys of its nodes where they are not their numbers."""
-        edges = self.edge_index, self.edge_weight
-        self.matrix = normalized_adjacency(*edges, self.num_nodes, self.normalization, self._dtype)
-        plain = torch.equal(self.node_key, torch.arange(self.num_nodes, device=self._row.device))
-        return None if plain else self.node_key
+    def _grow(self, num: int) -> None:
+        """Make room for new nodes."""
+        keys = torch.arange(self._next_key, self._next_key + num, device=self.node_key.device)
+        self.node_key, self._next_key = torch.cat([self.node_key, keys]), self._next_key + num
+        self.num_nodes += num
+        for rows in (*self._edges, self._rows):
+            rows.append(num)
+        self._paths.append(num * self.num_walks)
+        self._sums = [torch.cat([sums, sums.new_zeros(num)]) for sums in self._sums]
+        self._moved = torch.cat([self._moved, self._moved.new_ones(num * self.num_walks)])
 
-    def _edit(
-        self, added: Tensor, weight_added: Tensor, removed: Tensor, gone: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Rows, columns and weights of the edges after a change, sorted, and the edges [2, C] that it concerns."""
-        row, col, weight, total = self._row, self._col, self.edge_weight, len(gone)
-        key = row * total + col
-        place, found = _search(key, removed[0] * total + removed[1])
-        if not bool(found.all()):
-            edge = removed[:, int((~found).nonzero()[0])].tolist()
-            raise ValueError(f"edges_removed: expected edges of the graph, got {edge}, which is not there")
-        new_key, order = (added[0] * total + added[1]).sort()
-        twice = new_key[1:] == new_key[:-1]
-        if bool(twice.any()):
-            edge = added[:, order[int(twice.nonzero()[0])]].tolist()
-            raise ValueError(f"edges_added: expected each edge once, got {edge} twice: add up their weights")
-        order = order[~gone[added[:, order]].any(0)]
-        added, weight_added = added[:, order], weight_added[order]
-        keep = ~(gone[row] | gone[col])
-        keep[place] = False
-        changed = torch.cat([added, self.edge_index[:, ~keep]], dim=1)
-        place, found = _search(key[keep], added[0] * total + added[1])
-        weight = weight[keep].index_copy(0, place[found], weight_added[found])
-        new = (*added[:, ~found], weight_added[~found])
-        row, col, weight = _insert((row[keep], col[keep], weight), place[~found], new)
-        return row, col, weight, changed
+    def _forget(self, gone: Tensor) -> Tensor:
+        """Close the gaps that nodes leave behind; returns the number of each node then, -1 for those."""
+        stays = torch.ones(self.num_nodes, dtype=torch.bool, device=gone.device)
+        stays[gone] = False
+        number, kept = torch.where(stays, stays.cumsum(0) - 1, -1), stays.nonzero().flatten()
+        self.num_nodes, self.node_key = len(kept), self.node_key[kept]
+        by_source, by_target = self._edges
+        self._edges = renumbered(by_source, kept, number), renumbered(by_target, kept, number)
+        self._sums = [sums[kept] for sums in self._sums]
+        self._rows = renumbered(self._rows, kept, number)
+        self._paths = renumbered(self._paths, _walks_from(kept, self.num_walks), number)
+        return number
 
-    def _renumber(self, nodes_added: int, kept: Tensor, number: Tensor) -> None:
-        """Make room for new nodes, and forget those that have gone."""
-        m = self.num_walks
-        self._rows.append(nodes_added)
-        self._paths.append(nodes_added * m)
-        self._moved = torch.cat([self._moved, self._moved.new_ones(nodes_added * m)])
-        keys = self._next_key + torch.arange(nodes_added, device=kept.device)
-        self.node_key = torch.cat([self.node_key, keys])[kept]
-        self.num_nodes, self._next_key = len(kept), self._next_key + nodes_added
-        if len(kept) < len(number):
-            ptr, node = self._paths.take(_walks_from(kept, m))
-            self._paths = Ragged(ptr, number[node])
-            ptr, col, length, value = self._rows.take(kept)
-            self._rows = Ragged(ptr, number[col], length, value)
+    def _walk(self, start: Tensor, walk: Tensor) -> tuple[Tensor, Tensor]:
+        """The paths of some walks: where each begins, and the nodes."""
+        alive, at = torch.arange(len(start), device=start.device), start
+        steps = [(alive, at)]
+        while len(alive) and len(steps) <= self._longest:
+            here, row = torch.unique(at, return_inverse=True)
+            ptr, col, _ = self._edges[0].take(here)
+            key, number = self.node_key[start[alive]], self._law.first_walk + walk[alive]
+            edge_key = self.node_key[col]
+            edge = walk_step(self._law, ptr, len(col), row, key, number, len(steps) - 1, edge_key=edge_key)
+            going = (edge >= 0).nonzero().flatten()
+            alive, at = alive[going], col[edge[going]]
+            steps.append((alive, at))
+        ptr = ptr_of(torch.bincount(torch.cat([alive for alive, _ in steps]), minlength=len(start)))
+        node = start.new_empty(int(ptr[-1]))
+        for step, (alive, at) in enumerate(steps):
+            node[ptr[alive] + step] = at
+        return ptr, node
 
     def _deposits_of(self, rows: Tensor) -> WalkDeposits:
-        """The deposits of all walks from some starts, from their paths."""
+        """The deposits of all walks from some starts, from their paths; columns are counted over the nodes on them."""
         ptr, node = self._paths.take(_walks_from(rows, self.num_walks))
-        first = torch.zeros_like(node, dtype=torch.bool)
-        first[ptr[:-1]] = True
-        key = self._row * self.num_nodes + self._col
-        edge, _ = _search(key, node.roll(1) * self.num_nodes + node)
-        edge = torch.where(first, -1, edge)
-        rowptr, _, weight = self.matrix
-        return deposits_of(steps_of_paths(ptr, node, edge), rowptr, weight, None, self._law, len(rows))
+        nodes, local = torch.unique(node, return_inverse=True)
+        rowptr, col, weight = self._edges[0].take(nodes)
+        row = index_from_csr(rowptr, None, len(col))
+        if self.normalization == "sym":
+            product = self._sums[0][nodes][row] * self._sums[1][col]
+            weight = weight / torch.where(product > 0, product, 1).sqrt()
+        edge, _ = search(row * self.num_nodes + col, local.roll(1) * self.num_nodes + node)
+        edge[ptr[:-1]] = -1
+        steps = steps_of_paths(ptr, local, edge)
+        found = deposits_of(steps, rowptr, weight.to(self._dtype), None, self._law, len(rows))
+        return found._replace(col=nodes[found.col])
 
     def _build_index(self) -> None:
         ptr, node = self._paths.packed()
@@ -290,24 +315,6 @@ class StreamingWalks:
 def _walks_from(starts: Tensor, num_walks: int) -> Tensor:
     """The numbers of all walks from some starts."""
     return (starts.unsqueeze(1) * num_walks + torch.arange(num_walks, device=starts.device)).flatten()
-
-
-def _search(keys: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
-    """Where each wanted key stands, or would stand, among ascending keys; and whether it is there."""
-    place = torch.searchsorted(keys, wanted)
-    if not len(keys):
-        return place, torch.zeros_like(wanted, dtype=torch.bool)
-    return place, keys[place.clamp(max=len(keys) - 1)] == wanted
-
-
-def _insert(columns: tuple[Tensor, ...], place: Tensor, new: tuple[Tensor, ...]) -> list[Tensor]:
-    """Put new entries, whose places ascend, before those that stand there."""
-    old = torch.ones(len(columns[0]) + len(place), dtype=torch.bool, device=place.device)
-    old[place + torch.arange(len(place), device=place.device)] = False
-    out = [column.new_empty(len(old)) for column in columns]
-    for merged, column, values in zip(out, columns, new, strict=True):
-        merged[old], merged[~old] = column, values
-    return out
 
 
 def _checked_nodes(name: str, nodes: Tensor | None, axes: int, num_nodes: int, like: Tensor) -> Tensor:
@@ -333,11 +340,12 @@ def _checked_weight(weight: Tensor | None, edges: Tensor) -> Tensor:
     return weight.detach().double()
 
 
-def _checked_keys(node_key: Tensor | None, like: Tensor, num_nodes: int) -> Tensor:
+def _checked_keys(node_key: Tensor | None, rowptr: Tensor) -> Tensor:
+    num_nodes = len(rowptr) - 1
     if node_key is None:
-        return torch.arange(num_nodes, device=like.device)
+        return torch.arange(num_nodes, device=rowptr.device)
     if node_key.shape != (num_nodes,) or node_key.dtype != torch.int64:
         raise ValueError(f"node_key: expected int64 [{num_nodes}], got {node_key.dtype} {list(node_key.shape)}")
     if len(torch.unique(node_key)) < num_nodes:
         raise ValueError("node_key: expected different numbers, got one of them twice")
-    return node_key
+    return node_key.clone()
