@@ -187,7 +187,8 @@ class GRFLinearAttention(nn.Module):
     ) -> tuple[FeatureMap, FeatureMap]:
         """Walks of one or more graphs, for the argument ``walks`` of this layer and of others like it.
 
-        Others need a modulation of the same ``max_length``, whatever its values.
+        Given those, the layer compiles as one graph. Other layers need a modulation of the same ``max_length``,
+        whatever its values.
 
         Args:
             edge_index: The edges.
@@ -250,7 +251,6 @@ class GRFLinearAttention(nn.Module):
         attended: Tensor = self.lin_out(out.flatten(1).to(x.dtype))
         return attended
 
-    @torch.compiler.disable
     def _features(
         self,
         x: Tensor,
@@ -261,6 +261,8 @@ class GRFLinearAttention(nn.Module):
         dtype: torch.dtype,
     ) -> tuple[SparseFeatures, SparseFeatures]:
         num_nodes = x.size(0)
+        if walks is not None and (isinstance(walks, WalkDeposits) or len(walks) != 2):
+            raise ValueError("walks must be both sets of walks: give (walks, walks) where one set serves as both")
         if walks is None:
             if self.cached and edge_weight is not None and edge_weight.requires_grad:
                 raise ValueError(

@@ -16,6 +16,7 @@ from geo.testing import (
     assert_close,
     assert_permutation_equivariant,
     assert_state_dict_roundtrip,
+    check_compile,
     check_derivatives,
 )
 from geo.transforms import AddGRF, read_grf
@@ -266,6 +267,13 @@ def test_half_precision():
     assert (out - exact).abs().max() < 5e-2 * exact.abs().max()
 
 
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_compile_with_walks_given(dynamic):
+    layer, data = GRFLinearAttention(C, 2), graph(dtype=torch.float32)
+    walks = layer.sample(data.edge_index, 10)
+    check_compile(lambda x: layer(x, data.edge_index, walks=walks), (data.x,), dynamic=dynamic)
+
+
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # dynamo's own
 def test_compile():
     """The walks break the graph, as their number is data."""
@@ -412,6 +420,9 @@ def test_refusals():
         layer(data.x, data.edge_index, None, torch.full_like(data.edge_weight, -1))
     with pytest.raises(ValueError, match="edge_weight"):
         layer(data.x, data.edge_index, None, data.edge_weight[1:])
+    walks = grf_walks(*normalized_adjacency(data.edge_index, None, 10), num_walks=2, seed=0)
+    with pytest.raises(ValueError, match="walks must be both sets of walks"):
+        layer(data.x, data.edge_index, walks=walks)
     negative = LearnableModulation(4, init=inverse_cosine(0.5))
     free = GRFLinearAttention(C, modulation=negative, normalize=False).double()
     assert free(data.x, data.edge_index, None, -data.edge_weight).shape == (10, C)
