@@ -77,6 +77,7 @@ from geo.ops.segment_softmax import (
 )
 from geo.ops.selective_scan import selective_scan, selective_scan_reference
 from geo.ops.spectral_filter import spectral_filter, spectral_filter_reference
+from geo.ops.tree_reduce import TreePlan, fold, tree_reduce
 from geo.ops.walk_tokens import walk_adjacency, walk_adjacency_reference, walk_tokens, walk_tokens_reference
 
 _native.load()
@@ -84,12 +85,14 @@ _native.load()
 __all__ = [
     "Blocks",
     "SegmentPlan",
+    "TreePlan",
     "WalkDeposits",
     "check_bounds",
     "csr_from_index",
     "csr_from_index_reference",
     "fiber_mul_sum",
     "fiber_mul_sum_reference",
+    "fold",
     "gather_coo",
     "gather_coo_reference",
     "gather_csr",
@@ -160,6 +163,7 @@ __all__ = [
     "sort_by_index",
     "spectral_filter",
     "spectral_filter_reference",
+    "tree_reduce",
     "unpack_irreps",
     "unpack_irreps_reference",
     "walk_adjacency",
