@@ -144,7 +144,7 @@ class ColumnSum(nn.Module):
     ) -> Tensor:
         """Eigenvectors [N, K] and filters [B, K, m] to [N, F]."""
         sampled = self.num_columns is not None and self.training
-        if isinstance(self.network, RowNetwork) and self.network.mlp.plain and not sampled:
+        if isinstance(self.network, RowNetwork) and self.network.mlp.plain and not sampled:  # what the op takes
             filters, bias = _folded(self.network.mlp, filters)
             linears = self.network.mlp.linears[bias is not None :]
             weights, biases = ([linear.get_parameter(name) for linear in linears] for name in ("weight", "bias"))

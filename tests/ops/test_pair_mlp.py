@@ -91,6 +91,14 @@ def test_equals_reference_at_every_rank(rank):
     check_op(from_flat(pair_mlp, 2), from_flat(pair_mlp_reference, 2), args, 6)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("device", DEVICES)
+def test_equals_reference_on_2100_nodes(device):
+    """More than 64 blocks of 32 nodes: the blocks are larger."""
+    args = flat(problem([3, 2100], [2], 2, True, 2, device))
+    check_op(from_flat(pair_mlp, 1), from_flat(pair_mlp_reference, 1), args, 2100**0.5)
+
+
 @pytest.mark.parametrize("sizes", [[], [4, 70]])
 def test_no_features(sizes):
     args = problem(sizes, [], 0, True, 0)
