@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from geo.kernels.features import SparseFeatures
-from geo.kernels.ragged import Ragged
+from geo.kernels.ragged import Ragged, ptr_of
 from geo.ops import WalkDeposits, bounds
 from geo.ops.grf_walks import gains, over_probability, sum_loads
 from geo.ops.plan import index_from_csr
@@ -19,10 +19,7 @@ from geo.ops.walk_step import LONGEST, WalkLaw, checked_law, walk_step
 
 
 class Traffic(NamedTuple):
-    """What one part sent to others: ``walkers`` that crossed and ``deposits`` for starts elsewhere, ``bytes`` together.
-
-    ``supersteps`` is how often all parts advanced their walkers by one step.
-    """
+    """What one part sent to others in so many supersteps: walkers, deposits for starts elsewhere, bytes together."""
 
     supersteps: int
     walkers: int
@@ -52,7 +49,7 @@ def sample_partitioned(
     hands those that leave to the owners of their new nodes; in the end the deposits go to the owners of the starts. As
     each step is a pure function of the seed, the start, the walk, the step and the neighbours' keys (rendezvous
     choice), and deposits are summed in the order of walks, the rows equal those of one process bit for bit, however the
-    nodes are spread. The backend of ``torch.distributed`` must fit the device of the tensors: gloo or nccl.
+    nodes are spread. Not differentiable. Tensors on the CPU need a group of backend gloo, on GPUs nccl.
 
     In a script for ``torchrun --nproc-per-node=4 script.py``::
 
@@ -105,11 +102,12 @@ def sample_partitioned(
     mine = torch.tensor([rowptr.size(0) - 1, zlib.crc32(repr(shared).encode())], device=rowptr.device)
     counts, settings = _gather(mine, size, group).unbind(1)
     if bool((settings != settings[0]).any()):
+        other = int((settings != settings[0]).nonzero()[0])
         raise ValueError(
-            "seed, num_walks, p_halt, survival, coupling, first_walk, max_length and the dtype of weight: expected the "
-            f"same on all processes, but process {int((settings != settings[0]).nonzero()[0])} differs from process 0"
+            "seed, num_walks, p_halt, survival, coupling, first_walk, max_length, dtype of weight, presence of owner "
+            f"and node_key: expected the same on all processes, but process {other} differs from process 0"
         )
-    place = _Placement(owner, torch.cat([counts.new_zeros(1), counts.cumsum(0)]))
+    place = _Placement(owner, ptr_of(counts))
     part = _walks_of(rank, place, (rowptr, col, weight), node_key, law, max_length)
     inbox: tuple[Tensor, int] | None = None
     while True:
@@ -194,14 +192,12 @@ class PartitionedSampler:
         place = _Placement(owner, first)
         whole = SparseFeatures(rowptr, col, weight, num_nodes)
         nodes = [place.nodes_of(rank) for rank in range(size)]
-        parts = []
-        for rank in range(size):
-            rows = whole.select_rows(nodes[rank])
-            parts.append(_walks_of(rank, place, (rows.ptr, rows.col, rows.value), node_key, checked, max_length))
+        rows = [whole.select_rows(own) for own in nodes]
+        graphs = [(own.ptr, own.col, own.value) for own in rows]
+        parts = [_walks_of(rank, place, graph, node_key, checked, max_length) for rank, graph in enumerate(graphs)]
         found, traffic = zip(*_in_lockstep(parts), strict=True)
         self.traffic = list(traffic)
-        count = torch.cat([deposits.ptr.diff() for deposits in found])
-        ptr = torch.cat([count.new_zeros(1), count.cumsum(0)])
+        ptr = ptr_of(torch.cat([deposits.ptr.diff() for deposits in found]))
         columns = [torch.cat([deposits[k] for deposits in found]) for k in (1, 2, 3)]
         return WalkDeposits(*Ragged(ptr, *columns).take(torch.cat(nodes).argsort()))
 
@@ -240,6 +236,8 @@ def _check_rows(rows: tuple[Tensor, Tensor, Tensor], nodes: Tensor, place: _Plac
     bounds.check_ptr("sample_partitioned", rowptr, col.size(0))
     bounds.check_index("sample_partitioned", "col", col, place.num_nodes)
     row = index_from_csr(rowptr, None, col.size(0))
+    if node_key is None and bool(((row[1:] > row[:-1]) | (col[1:] > col[:-1])).all()):
+        return  # sorted rows, without repetition
     key, order = (col if node_key is None else node_key[col]).sort()
     row, by_row = row[order].sort(stable=True)
     key = key[by_row]

@@ -111,7 +111,7 @@ def torchrun(tmp_path: Path, processes: int, sizes: tuple[int, ...], device: str
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     ran = subprocess.run(
         [*command, worker, tmp_path / "graph.npz", tmp_path, device, *map(str, sizes)],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
+        env=os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo" if sys.platform == "linux" else "lo0"},
         capture_output=True,
         text=True,
         timeout=540,
