@@ -50,7 +50,9 @@ INTRODUCTION = (
 def main(argv: Sequence[str]) -> int:
     """Check, then time each setting in a process of its own, and print a page of tables."""
     parser = argparse.ArgumentParser(prog="python -m geo bench grf", description=__doc__.partition("\n")[0])
-    parser.add_argument("--nodes", type=int, nargs="+", default=[1_000, 10_000, 100_000, 1_000_000])
+    parser.add_argument(
+        "--nodes", type=int, nargs="+", default=[1_000, 10_000, 100_000, 1_000_000], help="of the sampled graphs"
+    )
     parser.add_argument("--walks", type=int, nargs="+", default=[100, 50, 16, 4], help="from each node of --nodes")
     parser.add_argument("--degree", type=int, default=10, help="mean degree")
     parser.add_argument(
@@ -356,7 +358,7 @@ def large(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
 def streaming(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Edges come and go: an update against sampling anew."""
     options: dict[str, Any] = {"num_walks": 16, "seed": 0, "p_halt": 0.5, "coupling": "antithetic"}
-    edge_index = _edges(args.stream, args.degree)
+    edge_index = _edges(args.stream, args.degree).to(args.device)
     for changed in (1, 10, 100, 1000):
         stream = StreamingWalks(edge_index, num_nodes=args.stream, **options)
         new = _new_edges(edge_index, args.stream, changed)
@@ -377,11 +379,11 @@ def streaming(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 def _new_edges(edge_index: Tensor, num_nodes: int, number: int) -> Tensor:
     """So many undirected edges that are not there, each in both directions."""
-    there = (edge_index[0] * num_nodes + edge_index[1]).unique()
+    there = (edge_index[0] * num_nodes + edge_index[1]).unique().cpu()
     drawn = torch.randint(num_nodes, (2, 2 * number + 10), generator=torch.Generator().manual_seed(1))
     drawn = drawn.sort(dim=0).values.unique(dim=1)
     drawn = drawn[:, (drawn[0] != drawn[1]) & ~torch.isin(drawn[0] * num_nodes + drawn[1], there)][:, :number]
-    return torch.cat([drawn, drawn.flip(0)], dim=1)
+    return torch.cat([drawn, drawn.flip(0)], dim=1).to(edge_index.device)
 
 
 class Toggle:
