@@ -33,7 +33,7 @@ def assert_same(actual: WalkDeposits, expected: WalkDeposits) -> None:
 
 
 LAWS = {
-    "iid": {"num_walks": 3, "coupling": "iid"},
+    "iid": {"num_walks": 33, "coupling": "iid"},  # enough for the order of sums to show
     "antithetic": {"num_walks": 4, "p_halt": 0.2, "first_walk": 6},
     "cut": {"num_walks": 4, "p_halt": 0.1, "max_length": 2},
     "starts": {"num_walks": 2, "max_length": 0},

@@ -87,7 +87,7 @@ def assert_like_new(walks: StreamingWalks, model: Model, options: dict, normaliz
 
 
 LAWS = {
-    "iid": {"num_walks": 3, "coupling": "iid", "p_halt": 0.3},
+    "iid": {"num_walks": 33, "coupling": "iid", "p_halt": 0.3},  # enough for the order of sums to show
     "antithetic": {"num_walks": 4, "coupling": "antithetic", "p_halt": 0.2, "first_walk": 4},
     "cut": {"num_walks": 4, "coupling": "antithetic", "p_halt": 0.1, "max_length": 3},
     "survival": {"num_walks": 2, "coupling": "iid", "survival": [1.0, 0.9, 0.5, 0.5, 0.0]},
