@@ -1,7 +1,7 @@
 """Layers: equivariant and permutation-equivariant modules, one family a file.
 
-:mod:`geo.nn.aggr`, `GauntConv`, `GPSGlobalConv` and `GINE` are imported on first use: PyG, on which they build, takes
-longer to import than all the rest.
+:mod:`geo.nn.aggr`, `GauntConv`, `GPSGlobalConv`, `GINE` and `MonoidAggregation` are imported on first use: PyG, on
+which they build, takes longer to import than all the rest.
 """
 
 from __future__ import annotations
@@ -18,6 +18,16 @@ from geo.nn.grf_linear_attention import GRFLinearAttention
 from geo.nn.kernel_basis import KernelBasis
 from geo.nn.learnable_modulation import LearnableModulation
 from geo.nn.mamba import BiMamba, SelectiveSSM
+from geo.nn.monoids import (
+    BinaryGRU,
+    ElementwiseMonoid,
+    KSmallest,
+    LogSumExp,
+    Monoid,
+    ProductMonoid,
+    SymmetricMLP,
+    TransportedSum,
+)
 from geo.nn.node_order import NodeOrder
 from geo.nn.orientation_grid import FrameGrid, OrientationGrid
 from geo.nn.ponita import PONITA
@@ -47,14 +57,23 @@ if TYPE_CHECKING:
     from geo.nn.gine import GINE
     from geo.nn.gps_conv import GPSGlobalConv, GPSMambaConv
     from geo.nn.graph_mamba import GraphMamba
+    from geo.nn.monoid_aggregation import (
+        associativity_loss,
+        from_pyg_lcm,
+        identity_loss,
+        order_sensitivity,
+        to_pyg_lcm,
+    )
 
 __all__ = [
     "GINE",
     "GRFLinearAttention",
     "PONITA",
     "BiMamba",
+    "BinaryGRU",
     "ConvNeXtBlock",
     "EigenvectorPE",
+    "ElementwiseMonoid",
     "FrameGrid",
     "GPSGlobalConv",
     "GPSMambaConv",
@@ -64,18 +83,22 @@ __all__ = [
     "GauntPower",
     "GauntTensorProduct",
     "GraphMamba",
+    "KSmallest",
     "KernelBasis",
     "LearnableModulation",
+    "LogSumExp",
     "MaxAggregation",
     "MPNNTokenEncoder",
     "MeanAggregation",
     "MinAggregation",
+    "Monoid",
     "MulAggregation",
     "MultiAggregation",
     "NodeOrder",
     "OrientationGrid",
     "PointConv",
     "PoniConv",
+    "ProductMonoid",
     "RWFTokenEncoder",
     "SE2Conv",
     "SE3Conv",
@@ -85,19 +108,33 @@ __all__ = [
     "SoftmaxAggregation",
     "StdAggregation",
     "SumAggregation",
+    "SymmetricMLP",
     "TensorProductConv",
+    "TransportedSum",
     "VarAggregation",
     "aggr",
     "as_e3nn",
+    "associativity_loss",
+    "from_pyg_lcm",
+    "identity_loss",
+    "order_sensitivity",
     "pad_spectrum",
+    "to_pyg_lcm",
 ]
 
 _LAZY = {
+    "CircularConv": "geo.nn.monoids",
     "GINE": "geo.nn.gine",
     "GPSGlobalConv": "geo.nn.gps_conv",
     "GPSMambaConv": "geo.nn.gps_conv",
     "GauntConv": "geo.nn.gaunt_conv",
     "GraphMamba": "geo.nn.graph_mamba",
+    "MonoidAggregation": "geo.nn.monoid_aggregation",
+    "associativity_loss": "geo.nn.monoid_aggregation",
+    "from_pyg_lcm": "geo.nn.monoid_aggregation",
+    "identity_loss": "geo.nn.monoid_aggregation",
+    "order_sensitivity": "geo.nn.monoid_aggregation",
+    "to_pyg_lcm": "geo.nn.monoid_aggregation",
 }
 
 
