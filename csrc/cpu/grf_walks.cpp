@@ -13,9 +13,9 @@ namespace {
 
 const GrfTable& table() { return choose_table(GEO_TABLES(grf_walks)); }
 
-constexpr int64_t kBatch = 256;                       // walks in lockstep, where a start has no more
-constexpr int64_t kChunkBytes = int64_t(1) << 20;     // of results
-constexpr int64_t kMaxCount = INT64_C(0x7fffffff);    // of nodes, and of what one batch leaves
+constexpr int64_t kBatch = 256;  // walks in lockstep, where a start has no more
+constexpr int64_t kLeastChunk = int64_t(1) << 16, kMostChunk = int64_t(1) << 24;  // bytes of results
+constexpr int64_t kMaxCount = INT64_C(0x7fffffff);  // of nodes, and of what one batch leaves
 
 template <class P>
 constexpr int kKind = 0;  // place in the table
@@ -122,7 +122,9 @@ PackedGraph pack(GrfArgs& args, const void* weight_) {
   PackedEdge<P>* edges = reinterpret_cast<PackedEdge<P>*>(to.edges.get());
   advise_huge_pages(to.ptr.get(), num_nodes * int64_t(sizeof(uint32_t)));
   advise_huge_pages(edges, num_edges * int64_t(sizeof(PackedEdge<P>)));
-  const auto inside = [](int64_t value, int64_t end) { return uint64_t(value) < uint64_t(end) ? uint32_t(value) : UINT32_MAX; };
+  const auto inside = [](int64_t value, int64_t end) {
+    return uint64_t(value) < uint64_t(end) ? uint32_t(value) : UINT32_MAX;
+  };
   parallel_blocks(num_nodes + 1, int64_t(1) << 13, [&](int64_t, int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) {
       to.ptr[i] = inside(from_ptr[i], num_edges + 1);
@@ -223,7 +225,8 @@ class Walks {
       if (uint64_t(node) >= uint64_t(graph.num_nodes)) return {kBadStart, s};
       const uint64_t key = uint64_t(graph.node_key ? graph.node_key[node] : node);
       for (int64_t k = 0; k < per_start; ++k, ++i) {
-        const uint64_t walk = uint64_t(args_.walk ? index_data(*args_.walk)[s] : k), number = uint64_t(args_.first_walk) + walk;
+        const uint64_t walk = uint64_t(args_.walk ? index_data(*args_.walk)[s] : k);
+        const uint64_t number = uint64_t(args_.first_walk) + walk;
         batch.key[i] = key;
         batch.walk[i] = number;
         batch.decider[i] = halt_decider(number, walk, uint64_t(args_.num_walks), args_.flags & kAntithetic);
@@ -244,7 +247,7 @@ class Walks {
       batch.payload = payload_.data() + begin;
       const uint64_t below = uint64_t(halt_below[std::min(step, args_.halt_below.numel() - 1)]);
       table_.draw(batch, alive, args_.laws.seed, uint64_t(step), args_.flags & kAntithetic);
-      const int64_t left = table_.depart[args_.packed][slot](graph, batch, alive, below, &outcome);
+      const int64_t left = table_.depart[args_.packed][slot](graph, batch, alive, below, args_.flags, &outcome);
       if (left == 0 || outcome.fault >= 0) break;
       if (!slot) table_.choose[args_.packed](graph, batch, left, args_.flags);
       table_.follow[args_.packed][kKind<P>](graph, batch, left, alive, over_survival<double>(below), &outcome);
@@ -322,9 +325,11 @@ class Walks {
   }
   char* room(int64_t bytes) {
     if (bytes > left_) {
-      left_ = std::max(bytes, kChunkBytes);
+      left_ = std::max(bytes, std::clamp(chunk_bytes_, kLeastChunk, kMostChunk));
+      chunk_bytes_ += left_;
       chunks_.emplace_back(new char[left_]);
       next_byte_ = chunks_.back().get();
+      advise_huge_pages(next_byte_, left_);
     }
     return next_byte_;
   }
@@ -347,7 +352,7 @@ class Walks {
   std::vector<int64_t> offset_;  // where the records of each length begin
   std::vector<std::unique_ptr<char[]>> chunks_;
   char* next_byte_ = nullptr;
-  int64_t left_ = 0;
+  int64_t left_ = 0, chunk_bytes_ = 0;
 };
 
 // All walks; counts behind the first entry of ptr become its running sums. Returns what the threads keep.
@@ -395,9 +400,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> deposits(GrfArgs& args, const Tensor&
   const int64_t num_starts = args.start.numel();
   Tensor ptr = torch::stable::new_empty(args.start, {num_starts + 1});
   PackedGraph packed = pack<P>(args, weight.const_data_ptr());
-  const auto walks = walk_all<P>(args, 1, write<int64_t>(ptr), [](Walks<P>& part, int64_t first, int64_t count, int64_t* counts) {
-    part.deposit(first, count, counts);
-  });
+  const auto walks = walk_all<P>(
+      args, 1, write<int64_t>(ptr),
+      [](Walks<P>& part, int64_t first, int64_t count, int64_t* counts) { part.deposit(first, count, counts); });
   packed = {};
   const int64_t total = index_data(ptr)[num_starts];
   Tensor col = torch::stable::new_empty(args.start, {total});

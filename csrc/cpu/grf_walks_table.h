@@ -68,7 +68,7 @@ struct GrfTable {
   // Random words of one step.
   void (*draw)(const GrfBatch&, int64_t count, uint64_t seed, uint64_t step, bool antithetic);
   // Drop the walks that end; returns how many go on, with their rows. [packed][slot]: with the edge, drawn by position.
-  int64_t (*depart[2][2])(const GrfGraph&, const GrfBatch&, int64_t count, uint64_t halt_below, Outcome*);
+  int64_t (*depart[2][2])(const GrfGraph&, const GrfBatch&, int64_t count, uint64_t halt_below, int64_t flags, Outcome*);
   // The edges of those that go on, otherwise. [packed]
   void (*choose[2])(const GrfGraph&, const GrfBatch&, int64_t count, int64_t flags);
   // Along them. `gain`: over_survival. [packed][float, double, int64]

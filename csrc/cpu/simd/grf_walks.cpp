@@ -15,18 +15,20 @@ typedef int32_t vint __attribute__((vector_size(GEO_VECTOR_BYTES)));
 typedef int32_t vint_loose __attribute__((vector_size(GEO_VECTOR_BYTES), aligned(4), may_alias));
 constexpr int kInts = GEO_VECTOR_BYTES / 4;
 
-GEO_INLINE void note(Outcome* outcome, int fault, int64_t position) {
+GEO_NOINLINE void note(Outcome* outcome, int fault, int64_t position) {
   if (outcome->fault >= 0 && (outcome->fault < fault || (outcome->fault == fault && outcome->position <= position))) return;
   *outcome = {fault, position};
 }
 
 void draw_all(const GrfBatch& batch, int64_t count, uint64_t seed, uint64_t step, bool antithetic) {
   for (int64_t i = 0; i < count; i += kLanes) {
-    const vbits64 key = lanes(batch.key + i), decider = lanes(batch.decider + i);
+    const vbits64 key = lanes(batch.key + i);
     vbits64 c0 = key, c1 = lanes(batch.walk + i), c2 = vbits64{} + step, c3 = vbits64{};
     philox<VectorLane>(c0, c1, c2, c3, seed);
     lanes(batch.choice + i) = choice_bits<VectorLane>(c0, c1);
+    vbits64 decider = {};
     if (antithetic) {
+      decider = lanes(batch.decider + i);
       c0 = key, c1 = decider, c2 = vbits64{} + step, c3 = vbits64{};
       philox<VectorLane>(c0, c1, c2, c3, seed);
     }
@@ -39,30 +41,38 @@ GEO_INLINE const I* column(const GrfGraph& graph, int64_t edge) {
   return reinterpret_cast<const I*>(static_cast<const char*>(graph.edges) + edge * graph.edge_bytes);
 }
 
+// No branch depends on what was drawn.
 template <class I, bool kSlot>
-int64_t depart(const GrfGraph& graph, const GrfBatch& batch, int64_t count, uint64_t halt_below, Outcome* outcome) {
+int64_t depart(const GrfGraph& graph, const GrfBatch& batch, int64_t count, uint64_t halt_below, int64_t flags,
+               Outcome* outcome) {
   const WalkGraph<I> rows{static_cast<const I*>(graph.ptr), nullptr, graph.num_nodes, graph.num_edges};
-  uint32_t* row_of_next = batch.row + count;
+  const uint32_t *node = batch.node, *row_of_walk = batch.row;
+  const uint64_t *choice = batch.choice, *halt = batch.halt;
+  uint64_t *key = batch.key, *walk = batch.walk, *decider = batch.decider, *choice_of_next = batch.choice;
+  uint32_t *from = batch.from, *owner = batch.owner, *row_of_next = batch.row + count;
+  int64_t *begin = batch.begin, *degree = batch.degree, *edge = batch.edge;
+  const bool antithetic = flags & kAntithetic, packed = sizeof(I) == 4;
   int64_t to = 0;
   for (int64_t i = 0; i < count; ++i) {
-    const Row row = row_of(rows, batch.node[i]);
+    const Row row = row_of(rows, node[i]);
     if (row.bad >= 0) note(outcome, kBadRowptr, row.bad);
-    bool goes = batch.halt[i] >= halt_below && row.degree > 0;
+    bool goes = (halt[i] >= halt_below) & (row.degree > 0);
     if (graph.units && row.degree > 0) goes &= graph.units[row.begin + row.degree - 1] > 0;
-    batch.key[to] = batch.key[i];
-    batch.walk[to] = batch.walk[i];
-    batch.decider[to] = batch.decider[i];
-    batch.owner[to] = batch.owner[i];
-    batch.from[to] = uint32_t(i);
-    batch.begin[to] = row.begin;
-    batch.degree[to] = row.degree;
-    row_of_next[to] = batch.row[i];
+    key[to] = key[i];
+    walk[to] = walk[i];
+    if (antithetic) decider[to] = decider[i];
+    from[to] = uint32_t(i);
+    row_of_next[to] = row_of_walk[i];
+    if (!kSlot || !packed) {
+      begin[to] = row.begin;
+      degree[to] = row.degree;
+    }
     if (kSlot) {
-      const int64_t edge = row.begin + below(batch.choice[i], row.degree);
-      batch.edge[to] = edge;
-      __builtin_prefetch(column<I>(graph, edge));
+      edge[to] = row.begin + below(choice[i], row.degree);
+      __builtin_prefetch(column<I>(graph, edge[to]));
     } else {
-      batch.choice[to] = batch.choice[i];
+      owner[to] = owner[i];
+      choice_of_next[to] = choice[i];
     }
     to += goes;
   }
@@ -234,34 +244,39 @@ uint64_t* order_many(const uint32_t* col, int64_t count, int64_t num_nodes, uint
   return order;
 }
 
+// Sum what stands next to each other.
 template <class P>
-int64_t coalesce(const GrfBuckets& buckets, const int32_t* row_ptr, int64_t num_rows, int64_t num_nodes, double walks_,
-                 uint64_t* scratch, void* entries, int64_t* counts) {
-  const P walks = P(walks_);
-  GrfEntry<P>* out = static_cast<GrfEntry<P>*>(entries);
+GEO_NOINLINE int64_t merge(const uint64_t* order, int64_t count, const int32_t* length, const P* load, P walks,
+                           GrfEntry<P>* out) {
   GrfEntry<P>* const begin = out;
+  for (int64_t i = 0; i < count;) {
+    const uint64_t col = order[i] >> 32;
+    const int32_t own = length[order[i] & kLowWord];
+    P sum = load[order[i] & kLowWord];
+    for (++i; i < count && order[i] >> 32 == col && length[order[i] & kLowWord] == own; ++i)
+      sum += load[order[i] & kLowWord];
+    *out++ = {uint32_t(col), own, sum / walks};
+  }
+  return out - begin;
+}
+
+template <class P>
+int64_t coalesce(const GrfBuckets& buckets, const int32_t* row_ptr, int64_t num_rows, int64_t num_nodes, double walks,
+                 uint64_t* scratch, void* entries, int64_t* counts) {
+  GrfEntry<P>* out = static_cast<GrfEntry<P>*>(entries);
   for (int64_t row = 0; row < num_rows; ++row) {
     const int64_t first = row_ptr[row], count = row_ptr[row + 1] - first;
     const uint32_t* col = buckets.node + first;
-    const int32_t* length = buckets.length + first;
-    const P* load = static_cast<const P*>(buckets.payload) + first;
     uint64_t* order = scratch;
     if (count <= kFew)
       order_few(col, count, order);
     else
       order = order_many(col, count, num_nodes, scratch, scratch + count);
-    GrfEntry<P>* const row_begin = out;
-    for (int64_t i = 0; i < count;) {
-      const uint64_t key = order[i] >> 32;
-      const int32_t own = length[order[i] & kLowWord];
-      P sum = load[order[i] & kLowWord];
-      for (++i; i < count && order[i] >> 32 == key && length[order[i] & kLowWord] == own; ++i)
-        sum += load[order[i] & kLowWord];
-      *out++ = {uint32_t(key), own, sum / walks};
-    }
-    counts[row] = out - row_begin;
+    const P* load = static_cast<const P*>(buckets.payload) + first;
+    counts[row] = merge(order, count, buckets.length + first, load, P(walks), out);
+    out += counts[row];
   }
-  return out - begin;
+  return out - static_cast<GrfEntry<P>*>(entries);
 }
 
 }  // namespace
