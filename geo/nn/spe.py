@@ -76,7 +76,8 @@ class SPE(nn.Module):
         tile: Pairs of nodes that rho reads at a time; by default as many as fit the cache.
         recompute: True: states of rho are made again for the gradient, tile by tile; False: all are kept, about
             n^2 rho_hidden numbers for each linear layer, norm and activation, which is about a quarter faster; None:
-            kept up to 256 MiB (on a GPU 8 GiB). (default: None)
+            kept up to 256 MiB (on a GPU 8 GiB). Neither this nor ``tile`` matters for ``'mlp'`` and ``'deepsets'`` with
+            ReLU and without norm, which keep nothing. (default: None)
 
     Shapes:
         eigvals :math:`(B, K)`, eigvecs :math:`(|V|, K)` with zeros where a graph has fewer than K eigenpairs, eig_mask
