@@ -8,15 +8,17 @@ walks on W then serve every value of the hyper-parameters.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal, ParamSpec
 
 import torch
 from torch import Tensor
 
 Coefficients = Callable[[int], Tensor]
+P = ParamSpec("P")
 _TERMS = 256  # from which a radius of convergence is estimated
 _SMALL = 16 * torch.finfo(torch.float64).eps
 
@@ -55,6 +57,10 @@ class Series:
     degree: int | None = None
     function: Callable[[Tensor], Tensor] | None = field(default=None, repr=False)
     conjugate: Literal["degree"] | None = None
+    _recipe: Callable[[], Series] | None = field(default=None, init=False, repr=False, compare=False)
+
+    def __reduce__(self) -> Any:  # data loaders send transforms, and the series in them, to other processes
+        return super().__reduce__() if self._recipe is None else (self._recipe, ())
 
     def alpha(self, n: int) -> Tensor:
         """The first n coefficients of the kernel, float64 [n], without ``scale``."""
@@ -67,6 +73,18 @@ class Series:
     def modulations(self, n: int) -> tuple[Tensor, Tensor]:
         """The first n entries of both modulations; they differ only where :func:`pair` made the series."""
         return self.factors(_count(n))
+
+
+def _remembered(make: Callable[P, Series]) -> Callable[P, Series]:
+    """A series that ``make`` returns is pickled as the call that made it."""
+
+    @functools.wraps(make)
+    def made(*args: P.args, **kwargs: P.kwargs) -> Series:
+        series = make(*args, **kwargs)
+        object.__setattr__(series, "_recipe", functools.partial(made, *args, **kwargs))
+        return series
+
+    return made
 
 
 # -- arithmetic of series ----------------------------------------------------------------------------------------------
@@ -135,6 +153,7 @@ def divide_series(alpha: Tensor | Sequence[float], f1: Tensor | Sequence[float])
 
 
 # -- kernels -----------------------------------------------------------------------------------------------------------
+@_remembered
 def regularised_laplacian(s: float = 1.0, d: float = 1.0) -> Series:
     r"""The d-regularised Laplacian kernel :math:`(I + s^2 L)^{-d}`, with :math:`L = I - W`.
 
@@ -157,6 +176,7 @@ def regularised_laplacian(s: float = 1.0, d: float = 1.0) -> Series:
     return _negative_power(name, s * s / (1 + s * s), d, (1 + s * s) ** -d)
 
 
+@_remembered
 def matern(nu: float, kappa: float) -> Series:
     r"""The Matern kernel :math:`(2 \nu / \kappa^2 \, I + L)^{-\nu}`, with :math:`L = I - W`.
 
@@ -180,6 +200,7 @@ def matern(nu: float, kappa: float) -> Series:
     return _negative_power(f"matern(nu={nu:g}, kappa={kappa:g})", 1 / top, nu, top**-nu)
 
 
+@_remembered
 def random_walk(p: int, a: float = 2.0) -> Series:
     r"""The p-step random walk kernel :math:`(a I - L)^p`, with :math:`L = I - W`.
 
@@ -222,6 +243,7 @@ def random_walk(p: int, a: float = 2.0) -> Series:
     )
 
 
+@_remembered
 def heat(t: float = 1.0) -> Series:
     r"""The heat (diffusion) kernel :math:`\exp(-t L)`, with :math:`L = I - W`.
 
@@ -253,6 +275,7 @@ def heat(t: float = 1.0) -> Series:
     )
 
 
+@_remembered
 def inverse_cosine(c: float = math.pi / 4) -> Series:
     r"""The inverse cosine kernel :math:`\cos(\pi/4 \, I - c W)`, which is :math:`\cos(\pi/4 \, L)` at the default c.
 
@@ -290,6 +313,7 @@ def inverse_cosine(c: float = math.pi / 4) -> Series:
     )
 
 
+@_remembered
 def katz(beta: float) -> Series:
     r"""The Katz (von Neumann) kernel :math:`(I - \beta A)^{-1}` on the adjacency matrix A itself.
 
@@ -311,6 +335,7 @@ def katz(beta: float) -> Series:
     return _negative_power(f"katz(beta={beta:g})", beta, 1.0, 1.0, None)
 
 
+@_remembered
 def personalised_pagerank(a: float) -> Series:
     r"""Personalised PageRank :math:`a (I - (1 - a) P)^{-1}`, with :math:`P = D^{-1} A`.
 
@@ -335,6 +360,7 @@ def personalised_pagerank(a: float) -> Series:
     return _negative_power(f"personalised_pagerank(a={a:g})", 1 - a, 1.0, a, "sym", "degree")
 
 
+@_remembered
 def custom(
     alpha: Sequence[float] | Tensor | Coefficients,
     *,
@@ -378,6 +404,7 @@ def custom(
     )
 
 
+@_remembered
 def pair(
     alpha: Sequence[float] | Tensor | Coefficients,
     f1: Sequence[float] | Tensor | Coefficients,

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 
 import numpy as np
 import pytest
@@ -240,3 +241,18 @@ def test_what_is_refused():
         custom([1.0], normalization="rw")
     with pytest.raises(ValueError, match="n: expected a number of terms of at least 1, got 0"):
         heat().alpha(0)
+
+
+@pytest.mark.parametrize("name", [name for name in ROWS if name != "custom function"])
+def test_a_series_goes_to_other_processes(name):
+    series = ROWS[name]
+    copy = pickle.loads(pickle.dumps(series))  # noqa: S301, our own bytes
+    copy = pickle.loads(pickle.dumps(copy))  # noqa: S301
+    assert copy.name == series.name
+    assert torch.equal(copy.alpha(9), series.alpha(9))
+    assert torch.equal(copy.modulation(9), series.modulation(9))
+
+
+def test_a_series_of_a_function_goes_where_the_function_goes():
+    with pytest.raises((pickle.PicklingError, AttributeError), match="lambda"):
+        pickle.dumps(custom(lambda n: heat(t=0.5).alpha(n)))
