@@ -29,6 +29,7 @@ PLOTS = {
     "tetris": ["learning.png"],
 }
 COMPUTED = {  # examples without epochs, hence without checkpoints
+    "graph_gp": ["spectra.png", "calibration.png", "maps.png"],
     "graph_kernels": ["errors.png", "gain.png"],
     "mesh_regression": ["normals.png", "walks.png"],
 }

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from geo.kernels import GRFKernel, regularised_laplacian
+from geo.kernels import GRFKernel, SparseFeatures, heat, normalized_adjacency, regularised_laplacian
+from geo.nn import LearnableModulation
 from geo.testing import assert_close
 
 for package in ("lightning", "matplotlib"):
@@ -167,4 +168,180 @@ def test_every_mesh_of_a_folder_is_read(meshes, tmp_path, capsys):
     ):
         with pytest.raises(SystemExit):
             meshes.main(flags)
+        assert message in capsys.readouterr().err
+
+
+# -- Gaussian processes ------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def gp():
+    return example("graph_gp")
+
+
+def number(value: int) -> bytes:
+    return b"J" + value.to_bytes(4, "little", signed=True)
+
+
+def text(value: bytes) -> bytes:
+    return b"T" + len(value).to_bytes(4, "little") + value
+
+
+def array_file(array: np.ndarray) -> bytes:
+    """An array as Python 2 and NumPy 1 pickled it, as in the published files."""
+    dtype = b"cnumpy\ndtype\n" + text(array.dtype.str[1:].encode()) + number(0) + number(1) + b"\x87R"
+    dtype += b"(" + number(3) + text(b"<") + b"NNN" + number(-1) + number(-1) + number(0) + b"tb"
+    made = b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\n" + number(0) + b"\x85" + text(b"b") + b"\x87Rq\x01"
+    shape = b"".join(map(number, array.shape)) + (b"\x86" if array.ndim == 2 else b"\x85")
+    data = text(array.tobytes("F" if array.flags.fnc else "C"))
+    return (
+        b"\x80\x02"
+        + made
+        + b"("
+        + number(1)
+        + shape
+        + dtype
+        + (b"\x88" if array.flags.fnc else b"\x89")
+        + data
+        + b"tb."
+    )
+
+
+def graph_file(graph: dict[int, list[int]]) -> bytes:
+    items = b"".join(number(k) + b"](" + b"".join(map(number, v)) + b"e" for k, v in graph.items())
+    return b"\x80\x02ccollections\ndefaultdict\nc__builtin__\nlist\n\x85Rq\x01(" + items + b"u."
+
+
+def write_planetoid(root: Path) -> Path:
+    """A ring of 70 nodes with two kinds of nodes; node 65 has no label."""
+    raw = root / "Cora" / "raw"
+    raw.mkdir(parents=True)
+    labels = np.eye(2, dtype=np.int32)[np.arange(70) % 2]
+    tested = [node for node in range(69, 49, -1) if node != 65]
+    for name, rows in (("y", labels[:4]), ("ally", labels[:50]), ("ty", np.asfortranarray(labels[tested]))):
+        (raw / f"ind.cora.{name}").write_bytes(array_file(rows))
+    (raw / "ind.cora.graph").write_bytes(graph_file({i: [(i + 1) % 70, i] for i in range(70)}))
+    (raw / "ind.cora.test.index").write_text("".join(f"{node}\n" for node in tested))
+    return raw
+
+
+def test_files_of_planetoid_are_read_without_unpickling(gp, tmp_path):
+    write_planetoid(tmp_path)
+    task = gp.planetoid(argparse.Namespace(data="cora", root=tmp_path, seed=0))
+    assert task.edge_index.size(1) == 140, "both directions, no loops"
+    labels = torch.eye(2, dtype=torch.float64)[torch.arange(70) % 2]
+    labels[65] = 0
+    assert torch.equal(task.targets, labels)
+    nodes, tested = task.split(0)
+    assert nodes.tolist() == [0, 1, 2, 3]
+    assert sorted(tested.tolist()) == [node for node in range(50, 70) if node != 65]
+    for split in (1, 2):
+        nodes, tested = task.split(split)
+        assert task.targets[nodes].sum(0).tolist() == [20, 20]
+        assert task.targets[tested].any(1).all()
+        assert len({*nodes.tolist(), *tested.tolist()}) == 40 + 19
+    assert not torch.equal(task.split(1)[0], task.split(2)[0])
+
+
+def test_nothing_that_a_file_names_is_called(gp, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    evil = b"\x80\x02cos\nmkdir\n" + text(b"evil") + b"\x85R."
+    made = gp.read_objects(evil)
+    assert (made.name, made.arguments) == ("os mkdir", ("evil",))
+    raw = write_planetoid(tmp_path)
+    (raw / "ind.cora.ally").write_bytes(evil)
+    with pytest.raises(SystemExit, match=r"ind\.cora\.ally: is not Planetoid's file, or damaged"):
+        gp.main(["--data", "cora", "--root", str(tmp_path)])
+    assert not (tmp_path / "evil").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("graph", graph_file({0: [1]})[:-5], "is not Planetoid's file, or damaged"),
+        ("graph", b"\x80\x04N.", "is not Planetoid's file, or damaged"),
+        ("graph", b"", "is not Planetoid's file, or damaged"),
+        ("graph", graph_file({0: [99]}), "the graph has node 99, but there are labels of 70 nodes"),
+        ("ty", array_file(np.eye(2, dtype=np.int32)), "test.index names 19 nodes, but ty has labels of 2"),
+        ("ally", array_file(np.eye(2, dtype=np.int32))[:-9], "is not Planetoid's file, or damaged"),
+        ("test.index", b"12\nx\n", "must hold a node number in each line"),
+        ("y", None, "--root must be the folder that PyG's Planetoid was given"),
+    ],
+)
+def test_damaged_files_of_planetoid_are_named(gp, tmp_path, name, content, message):
+    path = write_planetoid(tmp_path) / f"ind.cora.{name}"
+    if content is None:
+        path.unlink()
+    else:
+        path.write_bytes(content)
+    with pytest.raises(SystemExit) as caught:
+        gp.main(["--data", "cora", "--root", str(tmp_path)])
+    assert message in str(caught.value)
+
+
+def test_cora_is_the_published_graph(gp, geo_data):
+    task = gp.planetoid(argparse.Namespace(data="cora", root=geo_data / "planetoid", seed=0))
+    assert task.targets.sum(0).tolist() == [351, 217, 418, 818, 426, 298, 180]
+    assert task.edge_index.size(1) == 2 * 5278
+    assert [len(part) for part in task.split(0)] == [140, 1000]
+    assert [len(part) for part in task.split(1)] == [140, 1000]
+    other = gp.planetoid(argparse.Namespace(data="citeseer", root=geo_data / "planetoid", seed=0))
+    assert int(other.targets.sum()) == 3312  # of 3,327 papers 15 have no label
+    assert [len(part) for part in other.split(0)] == [120, 1000]
+
+
+def test_exact_process_is_the_textbook_formula(gp):
+    args = argparse.Namespace(data="waves", smoke=True, seed=0, length=8)
+    task = gp.waves(args)
+    nodes, tested = task.split(0)
+    modulation = LearnableModulation(64, "heat", init=heat(2.0)).double()
+    t = modulation.hyperparameters()["t"]  # 2, rounded to float32
+    dense = GRFKernel(task.edge_index, heat(t), num_walks=2, dtype=torch.float64).exact()
+    eigvals, eigvecs = torch.linalg.eigh(dense)
+    model = gp.ExactGP((1 + eigvals.log() / t, eigvecs), modulation)
+    with torch.no_grad():
+        model.log_noise.fill_(math.log(0.3))
+        model.log_scale.fill_(math.log(1.7))
+    y = task.targets[nodes]
+    (loss,) = model.fit(nodes, y, steps=1, lr=0.0)
+    mean, variance = model.predict(tested)
+    known = 1.7 * dense[nodes][:, nodes] + 0.3 * torch.eye(len(nodes), dtype=torch.float64)
+    across = 1.7 * dense[tested][:, nodes]
+    density = torch.distributions.MultivariateNormal(y.mean().expand(len(nodes)), known).log_prob(y)
+    assert loss == pytest.approx(-float(density) / len(nodes), rel=1e-8)
+    assert_close(mean.flatten(), y.mean() + across @ torch.linalg.solve(known, y - y.mean()))
+    assert_close(variance, 1.7 * dense.diag()[tested] - (across * torch.linalg.solve(known, across.t()).t()).sum(1))
+    found = gp.scores(task, mean, variance.unsqueeze(1), task.targets[tested].unsqueeze(1))
+    normal = torch.distributions.Normal(mean.flatten(), variance.sqrt())
+    assert found["nlpd"] == pytest.approx(-float(normal.log_prob(task.targets[tested]).mean()))
+
+
+def test_learned_kernel_finds_waves_that_heat_cannot(gp):
+    args = argparse.Namespace(data="waves", smoke=False, seed=0, length=8, steps=40, lr=0.1, walks=128, p_halt=0.1)
+    task = gp.waves(args)
+    rowptr, col, weight = normalized_adjacency(task.edge_index, dtype=torch.float64)
+    spectrum = torch.linalg.eigh(SparseFeatures(rowptr, col, weight, len(task.targets)).to_dense())
+    found = {"heat": gp.train("heat", task, 0, args, spectrum), "learned": gp.train("learned", task, 0, args)}
+    assert found["learned"]["score"] < 0.85 * found["heat"]["score"]
+    assert found["learned"]["nlpd"] < found["heat"]["nlpd"] - 0.1
+    x, y = found["learned"]["curve"]
+    assert 0.2 < float(x[y.argmax()]) < 0.9, "waves of five nodes are neither constant nor opposite from node to node"
+    assert float(found["heat"]["curve"][1].argmax()) == len(x) - 1
+
+
+def test_labels_are_predicted_and_wrong_flags_refused(gp, tmp_path, capsys):
+    write_planetoid(tmp_path)
+    flags = ["--data", "cora", "--root", str(tmp_path), "--smoke", "--threads", "1", "--out", str(tmp_path / "out")]
+    rows = gp.main([*flags, "--models", "learned"])
+    assert [row[0] for row in rows] == ["label propagation", "learned modulation"]
+    assert "accuracy (%)" in (tmp_path / "out" / "table.md").read_text()
+    assert not (tmp_path / "out" / "maps.png").exists()
+    capsys.readouterr()
+    for flags, message in (
+        (["--data", "cora"], "--data cora needs --root"),
+        (["--models", "gpt"], "--models must be of heat, matern, learned; got gpt"),
+        (["--walks", "3"], "--walks must be even"),
+        (["--splits", "0"], "--splits must be at least 1, got 0"),
+        (["--p-halt", "1"], "--p-halt must be between 0 and 1"),
+    ):
+        with pytest.raises(SystemExit):
+            gp.main(flags)
         assert message in capsys.readouterr().err
