@@ -11,16 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from geo.kernels.estimate import Estimate, places_of, row_dots, row_sums
 from geo.kernels.exact_moments import WalkMoments, matrix_series, variance
 from geo.kernels.features import FeatureMap, SparseFeatures, normalized_adjacency
 from geo.kernels.series import Series
 from geo.kernels.streaming import StreamingWalks, WalkUpdate
 from geo.kernels.walk_matrix import Matrix, spectral_radius, step_squares, transposed
-from geo.ops import WalkDeposits, grf_walks, segment_sum_csr
+from geo.ops import WalkDeposits, grf_walks
 from geo.ops.walk_step import checked_law
 
 _ONE = 2**32  # probabilities of halting and of steps are multiples of one over this
-_CHUNK = 2**24  # entries of a dense block that is worked on at a time
 _EXACT_NODES = 300  # whose second moments fit: their cube is 27 million numbers
 
 
@@ -149,7 +149,7 @@ class GRFKernel:
         self._sides: tuple[Tensor, Tensor] | None = None  # what multiplies rows and columns
         if series.conjugate == "degree":
             rowptr, _, weight = normalized_adjacency(*self._graph, self.num_nodes, None, self._matrix[2].dtype)
-            degree = _row_sums(rowptr, weight.abs())
+            degree = row_sums(rowptr, weight.abs())
             root = torch.where(degree > 0, degree, 1).sqrt()
             self._sides = 1 / root, root
         self._features: tuple[SparseFeatures, SparseFeatures, Tensor | None] | None = None
@@ -407,8 +407,8 @@ class GRFKernel:
         phi2 = phi1 if same and not self.two_sets else maps[self.two_sets](f2)
         if not debias:
             return phi1, phi2, None
-        m, total = self.num_walks, _dot(phi1, phi2)
-        alone = torch.stack([_dot(one(f1), one(f2)) for one in maps[1:]]).sum(0)
+        m, total = self.num_walks, row_dots(phi1, phi2)
+        alone = torch.stack([row_dots(one(f1), one(f2)) for one in maps[1:]]).sum(0)
         return phi1, phi2, (m * m * total - alone) / (m * (m - 1)) - total
 
     # -- the kernel as a matrix ----------------------------------------------------------------------------------------
@@ -421,90 +421,30 @@ class GRFKernel:
         r"""The product :math:`\hat K V` with V [N, \*S]; differentiable in V and the features, any number of times."""
         if other.dim() < 1 or other.size(0) != self.num_nodes:
             raise ValueError(f"matmul: expected {self.num_nodes} rows, one a node, got {list(other.shape)}")
-        phi1, phi2, extra = self._default()
-        sides = self._sides
-        column = (-1,) + (1,) * (other.dim() - 1)
-        v = other if sides is None else sides[1].view(column) * other
-        out = phi1.matmul(phi2.t_matmul(v))
-        if self.symmetrise and phi2 is not phi1:
-            out = (out + phi2.matmul(phi1.t_matmul(v))) / 2
-        if extra is not None:
-            out = out + extra.view(column) * v
-        if sides is not None:
-            out = sides[0].view(column) * out
-        product: Tensor = self.series.scale * out
-        return product
+        return self._estimate().matmul(other)
 
     def __getitem__(self, index: Any) -> Tensor:
         """Entries, with the indexing rules of a dense tensor for integers, slices, lists and index tensors."""
         i, j = index if isinstance(index, tuple) and len(index) == 2 else (index, slice(None))
-        if isinstance(i, slice) or isinstance(j, slice):
-            rows, columns = self._places(i), self._places(j)
-            return self._block(rows.flatten(), columns.flatten()).view(*rows.shape, *columns.shape)
-        rows, columns = torch.broadcast_tensors(self._places(i), self._places(j))
-        return self._entries(rows.flatten(), columns.flatten()).view(rows.shape)
-
-    def _places(self, index: Any) -> Tensor:
-        if isinstance(index, tuple) or index is None or index is Ellipsis:
-            raise IndexError(f"a kernel is indexed by one or two integers, slices, lists or tensors, got {index!r}")
         device = self._matrix[0].device
-        if isinstance(index, slice):
-            return torch.arange(self.num_nodes, device=device)[index]
-        place = torch.as_tensor(index, device=device)
-        if place.dtype == torch.bool:
-            if place.shape != (self.num_nodes,):
-                raise IndexError(f"a mask must have {self.num_nodes} entries, got {list(place.shape)}")
-            return place.nonzero().flatten()
-        if place.numel() == 0:
-            return place.long()
-        if place.is_floating_point():
-            raise IndexError(f"an index must be an integer, got {place.dtype}")
-        low, high = int(place.min()), int(place.max())
-        if low < -self.num_nodes or high >= self.num_nodes:
-            bad = low if low < -self.num_nodes else high
-            raise IndexError(f"node {bad} is out of range for a kernel of {self.num_nodes} nodes")
-        return torch.where(place < 0, place + self.num_nodes, place).long()
-
-    def _block(self, rows: Tensor, columns: Tensor) -> Tensor:
-        """The entries of all pairs."""
-        phi1, phi2, _ = self._default()
-
-        def product(left: SparseFeatures, right: SparseFeatures) -> Tensor:
-            chosen = left.select_rows(rows)
-            parts = columns.split(max(_CHUNK // max(self.num_nodes, 1), 1))
-            return torch.cat([chosen.matmul(right.select_rows(part).to_dense().t()) for part in parts], dim=1)
-
-        out = product(phi1, phi2)
-        if self.symmetrise and phi2 is not phi1:
-            out = (out + product(phi2, phi1)) / 2
-        return self._finished(out, rows.unsqueeze(1), columns)
-
-    def _entries(self, rows: Tensor, columns: Tensor) -> Tensor:
-        """One entry for each pair."""
-        phi1, phi2, _ = self._default()
-        out = _dot_rows(phi1, rows, phi2, columns)
-        if self.symmetrise and phi2 is not phi1:
-            out = (out + _dot_rows(phi2, rows, phi1, columns)) / 2
-        return self._finished(out, rows, columns)
-
-    def _finished(self, out: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-        extra, sides = self._default()[2], self._sides
-        if extra is not None:
-            out = out + torch.where(rows == columns, extra[rows], 0)
-        if sides is not None:
-            out = sides[0][rows] * out * sides[1][columns]
-        finished: Tensor = self.series.scale * out
-        return finished
+        rows, columns = (places_of(k, self.num_nodes, device) for k in (i, j))
+        if isinstance(i, slice) or isinstance(j, slice):
+            return self._estimate().block(rows.flatten(), columns.flatten()).view(*rows.shape, *columns.shape)
+        rows, columns = torch.broadcast_tensors(rows, columns)
+        return self._estimate().entries(rows.flatten(), columns.flatten()).view(rows.shape)
 
     def diag(self) -> Tensor:
         """The diagonal of the estimate, [N]."""
         nodes = torch.arange(self.num_nodes, device=self._matrix[0].device)
-        return self._entries(nodes, nodes)
+        return self._estimate().entries(nodes, nodes)
 
     def dense(self) -> Tensor:
         """The estimate as a dense matrix, [N, N]."""
         nodes = torch.arange(self.num_nodes, device=self._matrix[0].device)
-        return self._block(nodes, nodes)
+        return self._estimate().block(nodes, nodes)
+
+    def _estimate(self) -> Estimate:
+        return Estimate(*self._default(), self._sides, self.series.scale, self.symmetrise)
 
     # -- what it estimates ---------------------------------------------------------------------------------------------
     def _dense_matrix(self, matrix: Matrix, values: Tensor | None = None) -> Tensor:
@@ -632,25 +572,3 @@ def _learned(f: Tensor, scale: float, like: Series) -> Series:
     return Series(
         "modulation", square, padded, scale, like.normalization, degree=f.size(0) - 1, conjugate=like.conjugate
     )
-
-
-def _row_sums(ptr: Tensor, value: Tensor) -> Tensor:
-    out: Tensor = segment_sum_csr(value, ptr)
-    return out
-
-
-def _dot(left: SparseFeatures, right: SparseFeatures) -> Tensor:
-    """The dot product of each row with the same row of a matrix of the same pattern."""
-    return _row_sums(left.ptr, left.value * right.value)
-
-
-def _dot_rows(left: SparseFeatures, i: Tensor, right: SparseFeatures, j: Tensor) -> Tensor:
-    """The dot product of row i[k] of one matrix with row j[k] of another, for each k."""
-    chosen = left.select_rows(i)
-    if chosen.col.size(0) == 0 or right.col.size(0) == 0:
-        return left.value.new_zeros(i.size(0))
-    place = right.row * right.num_cols + right.col  # ascending
-    wanted = j[chosen.row] * right.num_cols + chosen.col
-    at = torch.searchsorted(place, wanted).clamp(max=place.size(0) - 1)
-    product = torch.where(place[at] == wanted, chosen.value * right.value[at], 0)
-    return _row_sums(chosen.ptr, product)
