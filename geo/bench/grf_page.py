@@ -58,7 +58,11 @@ def _exact_text(rows: list[dict[str, Any]], one_thread: bool) -> str:
     for m in ("4 walks", "16 walks"):
         at = ", ".join(f"{name} {crossover(rows, m, name)}" for name in names if not name.endswith("walks"))
         found.append(f"Nodes from which features of {m} and a product are faster: {at}.")
-    about = "A kernel and its product with a vector: heat for features, exponentials and eigh; (I - W / 2)^-1 else."
+    about = (
+        "A kernel and its product with a vector: heat for features, exponentials and eigh; (I - W / 2)^-1 for inverse "
+        "and solve. expm_multiply and solve make no kernel: each further vector costs them as much, features only a "
+        "product with them."
+    )
     return "\n\n".join([about, table(lines), *found])
 
 
@@ -130,7 +134,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         at = [row for row in rows if f"error {num_walks}" in row]
         errors = [row[f"error {num_walks}"] for row in at]
         right.plot([row["nodes"] for row in at], errors, "o-", ms=4, lw=1.3, label=f"features of {num_walks} walks")
-    right.set(xscale="log", xlabel="nodes", ylabel="relative Frobenius error, heat kernel")
+    right.set(xscale="log", xlabel="nodes", ylabel="relative Frobenius error, heat kernel", xlim=left.get_xlim())
     right.set_ylim(bottom=0)
     right.grid(alpha=0.3)
     right.legend(fontsize=8)
