@@ -69,8 +69,8 @@ class MonoidAggregation(Aggregation):
         project: Map the input to the elements by a learned linear map and a ReLU, as PyG does, and the result, if it
             has not ``out_channels``, by a linear map. With ``'linear'`` the ReLU is left out. (default: ``False``)
         identity: What an empty group gives: ``'learn'`` stands for the identity of `op` or, where that is not known,
-            for a parameter that starts at zero; ``'zero'``; or a tensor, one number for each channel of a state or one
-            for all. (default: ``'learn'``)
+            for a parameter that starts at zero; ``'zero'``, for identities that are infinite where a linear layer comes
+            next; or a tensor, one number for each channel of a state or one for all. (default: ``'learn'``)
         order: One of the names above. (default: ``'given'``)
         num_orders: Shuffles to average over, for ``'random'``. (default: ``1``)
         keep_states: Keep the elements and all results of merges of the latest call as ``last_states``

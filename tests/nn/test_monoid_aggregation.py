@@ -249,15 +249,15 @@ def test_oracle_8_two_smallest_learn_the_second_minimum():
     generator = torch.Generator().manual_seed(0)
     aggregation = MonoidAggregation(KSmallest(2), 8, 1, project="linear")
     optimizer = torch.optim.Adam(aggregation.parameters(), lr=0.05)
-    steps = 600
+    steps = 400
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
 
     def draw(low, high, num=128):
-        index = torch.arange(num).repeat_interleave(torch.randint(low, high + 1, (num,), generator=generator))
-        value = torch.randint(256, (index.numel(),), generator=generator)
-        bits = (value[:, None] >> torch.arange(8)) & 1
-        second = torch.stack([value[index == i].sort().values[1] for i in range(num)])
-        return bits.float() - 0.5, index, second
+        value = torch.randint(256, (num, high), generator=generator)
+        there = torch.arange(high) < torch.randint(low, high + 1, (num, 1), generator=generator)
+        second = value.masked_fill(~there, 256).sort(dim=1).values[:, 1]
+        bits = (value[there].unsqueeze(1) >> torch.arange(8)) & 1
+        return bits - 0.5, there.nonzero()[:, 0], second
 
     for _ in range(steps):
         bits, index, second = draw(2, 16)
@@ -271,6 +271,39 @@ def test_oracle_8_two_smallest_learn_the_second_minimum():
         with torch.no_grad():
             found = (aggregation(bits, index).squeeze(1) * 256).round().long()
         assert torch.equal(found, second), (low, high)
+
+
+@pytest.mark.slow
+def test_oracle_8_a_learned_monoid_beats_sum_and_max():
+    # the second minimum of 2 to 16 numbers of 5 bits, by its bits: 600 steps, tried on sets of 16
+    def accuracy(aggregation, width=32):
+        torch.manual_seed(0)
+        generator = torch.Generator().manual_seed(0)
+        encoder = nn.Sequential(nn.Linear(5, width), nn.GELU())
+        decoder = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, 5))
+        model = nn.ModuleList([encoder, decoder, aggregation])
+        model[2].reset_parameters()
+        optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+
+        def logits(low, num):
+            value = torch.randint(32, (num, 16), generator=generator)
+            there = torch.arange(16) < torch.randint(low, 17, (num, 1), generator=generator)
+            second = value.masked_fill(~there, 32).sort(dim=1).values[:, 1]
+            bits = [(v.unsqueeze(-1) >> torch.arange(5)) & 1 for v in (value[there], second)]
+            return decoder(aggregation(encoder(bits[0] - 0.5), there.nonzero()[:, 0])), bits[1].float()
+
+        for _ in range(600):
+            loss = nn.functional.binary_cross_entropy_with_logits(*logits(2, 128))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        with torch.no_grad():
+            found, wanted = logits(16, 1024)
+        return ((found > 0) == (wanted > 0)).all(1).float().mean().item()
+
+    learned = accuracy(MonoidAggregation(BinaryGRU(32)))
+    assert learned > accuracy(MonoidAggregation("sum")) + 0.05  # 0.55 to 0.64 over three seeds, against 0.39 to 0.44
+    assert learned > accuracy(MonoidAggregation("max")) + 0.05  # 0.32 to 0.35
 
 
 # -- a PyG aggregation -------------------------------------------------------------------------------------------------
