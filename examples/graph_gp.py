@@ -203,10 +203,10 @@ def modulation(name: str, args: argparse.Namespace, exact: bool) -> LearnableMod
     return LearnableModulation(length, name, init=heat(1.0) if name == "heat" else matern(1.5, 3.0)).double()
 
 
-def spectrum_of(modulation: LearnableModulation, log_scale: Tensor, x: Tensor) -> Tensor:
-    """Eigenvalues s F(x)^2 of the kernel at eigenvalues x of W."""
+def amplitude(modulation: LearnableModulation, log_scale: Tensor, x: Tensor) -> Tensor:
+    """Roots of the kernel's eigenvalues s F(x)^2, with the sign of F, at eigenvalues x of W."""
     powers = x.unsqueeze(1) ** torch.arange(modulation.max_length + 1)
-    return log_scale.exp() * modulation.scale() * (powers @ modulation()).square()
+    return (log_scale.exp() * modulation.scale()).sqrt() * (powers @ modulation())
 
 
 class ExactGP(nn.Module):
@@ -221,7 +221,7 @@ class ExactGP(nn.Module):
 
     def roots(self, nodes: Tensor) -> Tensor:
         """Rows of the root of the kernel."""
-        return self.eigvecs[nodes] * spectrum_of(self.modulation, self.log_scale, self.eigvals).sqrt()
+        return self.eigvecs[nodes] * amplitude(self.modulation, self.log_scale, self.eigvals)
 
     def covariance(self) -> Tensor:
         roots = self.roots(self.nodes)
@@ -288,7 +288,7 @@ def train(name: str, task: Task, number: int, args: argparse.Namespace, spectrum
     whole = None if task.classes or number else model.predict(torch.arange(len(task.targets)))[0].flatten()
     x = torch.linspace(-1, 1, 201, dtype=torch.float64)
     with torch.no_grad():
-        curve = spectrum_of(model.modulation, model.log_scale, x) + model.log_noise.exp()
+        curve = amplitude(model.modulation, model.log_scale, x).square() + model.log_noise.exp()
     return {
         **scores(task, mean, variance, truth),
         "loss": statistics.mean(losses[-10:]),

@@ -272,11 +272,15 @@ def picture(path: Path, shown: dict[str, tuple[Mesh, Tensor, Tensor, float]], wa
             colours = np.clip((normals + 1) / 2, 0, 1) if column < 2 else np.full_like(normals, 0.85)
             axis.add_collection3d(Poly3DCollection(corners[front], facecolors=colours, edgecolors=colours, lw=0.2))
             if column == 1:
-                axis.scatter(*mesh.vertices[dots].T, s=4, c="k", depthshade=False, zorder=2)
+                axis.scatter(
+                    *mesh.vertices[dots].T, s=min(4, 800 / max(1, dots.sum())), c="k", depthshade=False, zorder=2
+                )
             elif column == 2:
                 top = max(1.0, float(np.quantile(angle[hidden], 0.98)))
                 style: Any = {"cmap": "viridis_r", "vmin": 0, "vmax": top, "depthshade": False, "zorder": 2}
-                points = axis.scatter(*mesh.vertices[dots].T, s=8, c=angle[dots], **style)
+                points = axis.scatter(
+                    *mesh.vertices[dots].T, s=min(8, 6000 / max(1, dots.sum())), c=angle[dots], **style
+                )
                 figure.colorbar(points, ax=axis, shrink=0.6, extend="max")
             axis.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]), zlim=(low[2], high[2]))
             axis.set_box_aspect(high - low, zoom=1.1)

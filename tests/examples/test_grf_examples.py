@@ -345,3 +345,16 @@ def test_labels_are_predicted_and_wrong_flags_refused(gp, tmp_path, capsys):
         with pytest.raises(SystemExit):
             gp.main(flags)
         assert message in capsys.readouterr().err
+
+
+def test_exact_process_has_a_gradient_where_its_kernel_ends(gp):
+    """F(x) = x is zero at the eigenvalue 0, which grids have many times."""
+    modulation = LearnableModulation(1, "free").double()
+    with torch.no_grad():
+        modulation.raw.copy_(torch.tensor([0.0, 1.0]))
+    model = gp.ExactGP(
+        (torch.tensor([-1.0, 0.0, 1.0], dtype=torch.float64), torch.eye(3, dtype=torch.float64)), modulation
+    )
+    model.nodes = torch.arange(3)
+    model.covariance().sum().backward()
+    assert_close(modulation.raw.grad, modulation.scale() * torch.tensor([0.0, 4.0], dtype=torch.float64))
