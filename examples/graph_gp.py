@@ -1,7 +1,7 @@
 """Gaussian processes on the nodes of a graph: a learned kernel against the heat and the Matern kernel.
 
 The processes see the graph and the targets of some nodes, and predict those of the others with a standard deviation.
-Their kernels are K = s F(W)^2 + noise, with W the normalised adjacency matrix and
+Their kernels are K = s F(W)^2, with W the normalised adjacency matrix and
 
   heat      F(x) = exp(t x / 2)                     one parameter, t
   matern    F(x) = (1 + 2 nu / kappa^2 - x)^(-nu/2)  two, nu and kappa
@@ -18,8 +18,8 @@ process with the exact kernel, from the eigenvectors of W, where there are at mo
             DIR/Cora/raw/ind.cora.{y,ty,ally,graph,test.index}
 
   python examples/graph_gp.py
-  python examples/graph_gp.py --data smooth --splits 5
-  python examples/graph_gp.py --data cora --root DIR --splits 5
+  python examples/graph_gp.py --data smooth
+  python examples/graph_gp.py --data cora --root DIR
 """
 
 from __future__ import annotations
