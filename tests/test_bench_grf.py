@@ -114,7 +114,8 @@ def test_peers_deposit_once_for_each_place_and_length():
 
 
 @pytest.mark.parametrize(
-    ("ratios", "expected"), [((0.5, 0.1), "< 100"), ((4.0, 2.0), "> 400"), ((2.0, 0.5), "200"), ((4.0, 0.5), "252")]
+    ("ratios", "expected"),
+    [((0.5, 0.1), "< 100"), ((4.0, 2.0), "> 400"), ((0.5, 2.0), "> 400"), ((2.0, 0.5), "200"), ((4.0, 0.5), "252")],
 )
 def test_crossover(ratios, expected):
     rows = [

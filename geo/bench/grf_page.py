@@ -67,15 +67,15 @@ def _exact_text(rows: list[dict[str, Any]], one_thread: bool) -> str:
 
 
 def crossover(rows: list[dict[str, Any]], ours: str, theirs: str) -> str:
-    """The number of nodes at which ours becomes faster, between measured ones on straight lines of logarithms."""
+    """The number of nodes from which ours stays faster, between measured ones on straight lines of logarithms."""
     both = [(row["nodes"], row[ours]["median"] / row[theirs]["median"]) for row in rows if theirs in row]
-    if both[0][1] < 1:
-        return f"< {both[0][0]}"
-    for (n, ratio), (after, then) in itertools.pairwise(both):
-        if then < 1:
-            share = math.log(ratio) / math.log(ratio / then)
-            return f"{n * (after / n) ** share:.0f}"
-    return f"> {both[-1][0]}"
+    if both[-1][1] >= 1:
+        return f"> {both[-1][0]}"
+    for (n, ratio), (after, then) in itertools.pairwise(reversed(both)):
+        if then >= 1:
+            share = math.log(then) / math.log(then / ratio)
+            return f"{after * (n / after) ** share:.0f}"
+    return f"< {both[0][0]}"
 
 
 def _large_text(rows: list[dict[str, Any]], one_thread: bool) -> str:
