@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple, overload
 
 import numpy as np
 import torch
@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from geo.kernels import GRFKernel, SparseFeatures
 
 _BLOCK = 1 << 24  # numbers of a dense block of right-hand sides
+_EXACT = 1024  # nodes up to which predict() takes exact variances
+_SAMPLES = 256  # in whose place it takes so many samples
 
 
 class Solution(NamedTuple):
@@ -45,15 +47,17 @@ class GraphGP(nn.Module):
 
     The number of iterations grows as the root of the condition number, at most that of :math:`|\Phi|^2 / s^2`. All is
     computed in float64, on the kernel's device: in float32 the conjugate gradients of ill-conditioned kernels stall.
+    The mean takes one solve for each output, the exact variance one for each node asked for, a sample one.
 
     Targets are real. Several outputs share kernel and noise and are independent; classification is regression on
     one-hot labels, and nothing beyond it.
 
     Args:
         kernel: A :class:`geo.kernels.GRFKernel`, of which the first set of walks is used (``two_sets=False`` samples no
-            other), or the :class:`geo.kernels.SparseFeatures` of all nodes.
+            other, and ``symmetrise`` is not needed), or the :class:`geo.kernels.SparseFeatures` of all nodes.
         modulation: Called without arguments for the modulation f, such as a :class:`geo.nn.LearnableModulation`, whose
-            parameters and constant then are those of the process; only for a GRFKernel. (default: that of the series)
+            parameters and constant, ``scale()``, then are those of the process; only for a GRFKernel. It is taken as it
+            is: one that was trained on another graph stays trained. (default: that of the series)
         noise: :math:`s^2`, learned. (default: ``0.1``)
         scale: :math:`\sigma^2`, learned. (default: ``1.0``)
         mean: ``'constant'``, the mean of the targets of each output, or ``'zero'``. (default: ``'constant'``)
@@ -69,7 +73,8 @@ class GraphGP(nn.Module):
         given features.
 
     Raises:
-        ValueError: An unknown option, a kernel that is not symmetric, or targets that do not fit.
+        ValueError: An unknown option, a kernel that is not symmetric and positive semi-definite, features or targets
+            that are not finite, or targets that do not fit.
 
     Example:
         >>> import torch
@@ -82,6 +87,8 @@ class GraphGP(nn.Module):
         >>> mean, variance = gp.predict()
         >>> mean.shape, gp.sample(3).shape
         (torch.Size([20]), torch.Size([3, 20]))
+        >>> torch.equal(gp.predict(return_var=False), mean)
+        True
     """
 
     def __init__(
@@ -109,26 +116,34 @@ class GraphGP(nn.Module):
                     f"kernel is {kernel!r}, but must be symmetric: on an undirected graph, and of a series with one "
                     "modulation, such as heat(1.0)"
                 )
+            if kernel.debias_diag:
+                raise ValueError(
+                    f"kernel is {kernel!r} with debias_diag=True, which may have negative eigenvalues: build it with "
+                    "debias_diag=False"
+                )
         self.kernel, self.modulation, self.mean = kernel, modulation, mean
         self.tol, self.max_iter = float(tol), int(max_iter)
         self._start = (math.log(noise), math.log(scale))
         features = kernel if isinstance(kernel, SparseFeatures) else kernel.features()[0]
-        self.log_noise = nn.Parameter(torch.zeros((), dtype=torch.float64, device=features.value.device))
-        self.log_scale = nn.Parameter(torch.zeros_like(self.log_noise))
+        start = torch.tensor(self._start, dtype=torch.float64, device=features.value.device)
+        self.log_noise, self.log_scale = (nn.Parameter(value.clone()) for value in start)
         self.iterations = 0  # of the last solve
         self._nodes: Tensor | None = None
         self._y: Tensor | None = None
         self._single = True
+        self._keys: Tensor | None = None  # of the kernel's nodes when the targets came
         self._pattern: tuple[Tensor, SparseFeatures, Tensor, Tensor] | None = None
-        self.reset_parameters()
+        with torch.no_grad():
+            self._features()  # refuses what is no kernel
 
     def reset_parameters(self) -> None:
-        """Back to the noise and scale given, and to the start of the modulation."""
+        """Back to the noise and scale given, and a modulation that has a ``reset_parameters()`` to its start."""
         with torch.no_grad():
             self.log_noise.fill_(self._start[0])
             self.log_scale.fill_(self._start[1])
-        if isinstance(self.modulation, nn.Module):
-            self.modulation.reset_parameters()  # type: ignore[operator]
+        reset = getattr(self.modulation, "reset_parameters", None)
+        if callable(reset):
+            reset()
 
     def extra_repr(self) -> str:
         """Sizes and options."""
@@ -148,8 +163,10 @@ class GraphGP(nn.Module):
     ) -> list[float]:
         """Condition on targets and raise their marginal likelihood by Adam.
 
+        Learned are the parameters of this module; edge weights and features that require gradients get none.
+
         Args:
-            nodes: Where the targets are: indices [n] or a mask [N].
+            nodes: Where the targets are: indices [n] or a mask [N]. A node may have several targets.
             y: [n] or [n, T]; rows of NaN are left out.
             steps: Of Adam; 0 only conditions.
             lr: Its rate.
@@ -163,13 +180,21 @@ class GraphGP(nn.Module):
             ValueError: Targets or nodes that do not fit.
         """
         self._nodes, self._y, self._single = _targets(nodes, y, self._num_nodes(), self.log_noise)
-        self._pattern = None
+        self._keys, self._pattern = self._node_keys(), None
+        if steps > 0 and len(self._y) and not bool((self._y - self._offset()).any()):
+            warnings.warn(
+                f"y never differs from its mean (mean={self.mean!r}), so that the likelihood grows without bound as "
+                "noise and scale fall: give targets that vary, or steps=0",
+                RuntimeWarning,
+                stacklevel=2,
+            )
         optimizer = torch.optim.Adam(self.parameters(), lr)
+        learned = [parameter for parameter in self.parameters() if parameter.requires_grad]
         losses = []
         for _ in range(steps):
             optimizer.zero_grad()
             loss = -self.log_marginal_likelihood(num_probes, generator) / max(1, self._y.numel())
-            loss.backward()
+            loss.backward(inputs=learned)  # what is behind given features was recorded once
             optimizer.step()
             losses.append(float(loss.detach()))
         return losses
@@ -182,15 +207,17 @@ class GraphGP(nn.Module):
             generator: Draws them.
 
         Raises:
-            ValueError: Before :meth:`fit`.
+            ValueError: Before :meth:`fit`, or no probes.
         """
+        if num_probes < 1:
+            raise ValueError(f"num_probes is {num_probes}, but must be at least 1")
         y, phi, scale, noise, _ = self._observed()
         n, outputs = y.shape
         with torch.no_grad():
             probes = _signs(n, num_probes, y, generator)
             solution = self._solve(phi, scale, noise, torch.cat((y, probes), 1))
             alpha, w = solution.x.split((outputs, num_probes), 1)
-            log_det = _log_determinants(solution, n)[outputs:].mean()
+            log_det = _log_determinants(solution.diagonal[:, outputs:], solution.off_diagonal[:, outputs:], n).mean()
             value = -0.5 * ((y * alpha).sum() + outputs * (log_det + n * math.log(2 * math.pi)))
         # the gradient: half of a^T dK a - T tr(K^-1 dK), with tr(K^-1 dK) = E[w^T dK z]
         left = phi.t_matmul(torch.cat((alpha, w, probes), 1))
@@ -216,42 +243,69 @@ class GraphGP(nn.Module):
             raise ValueError(f"num_probes is {num_probes}, but a standard error needs at least 2")
         y, phi, scale, noise, _ = self._observed()
         probes = _signs(y.size(0), num_probes, y, generator)
-        found = _log_determinants(self._solve(phi, scale, noise, probes), y.size(0))
+        solution = self._solve(phi, scale, noise, probes)
+        found = _log_determinants(solution.diagonal, solution.off_diagonal, y.size(0))
         return float(found.mean()), float(found.std()) / math.sqrt(num_probes)
 
     # -- what follows from the targets ---------------------------------------------------------------------------------
+    @overload
+    def predict(
+        self,
+        nodes: Tensor | None = None,
+        num_samples: int | None = None,
+        generator: torch.Generator | None = None,
+        *,
+        return_var: Literal[True] = True,
+    ) -> tuple[Tensor, Tensor]: ...
+
+    @overload
+    def predict(
+        self,
+        nodes: Tensor | None = None,
+        num_samples: int | None = None,
+        generator: torch.Generator | None = None,
+        *,
+        return_var: Literal[False],
+    ) -> Tensor: ...
+
     @torch.no_grad()
     def predict(
         self,
         nodes: Tensor | None = None,
         num_samples: int | None = None,
         generator: torch.Generator | None = None,
-    ) -> tuple[Tensor, Tensor]:
+        *,
+        return_var: bool = True,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Mean and variance of g + mu at nodes, given the targets of :meth:`fit`; noise is not added.
 
         Args:
             nodes: Indices or a mask. (default: all)
-            num_samples: Estimate the variance from as many samples, one solve for each, in place of one for each node.
+            num_samples: Estimate the variance from as many samples S, one solve for each, with a relative standard
+                error of the root of 2 / S; 0 for the exact one, with a solve for each node. (default: exact for up to
+                1024 nodes asked for; from 256 samples, and so to 9 percent, above)
             generator: Draws the samples.
+            return_var: False for the mean alone, which takes one solve for each output.
 
         Returns:
-            The mean [n] or [n, T], and the variance [n], the same for all outputs.
+            The mean [n] or [n, T], and the variance [n], the same for all outputs; or the mean alone.
 
         Raises:
-            ValueError: Before :meth:`fit`.
+            ValueError: Before :meth:`fit`, or a negative number of samples.
         """
+        if num_samples is not None and num_samples < 0:
+            raise ValueError(f"num_samples is {num_samples}, but must be at least 1, or 0 for the exact variance")
         nodes = _node_index(nodes, self._num_nodes(), self.log_noise.device)
         y, phi, scale, noise, columns = self._observed()
         full = self._features()[0]
         alpha = self._solve(phi, scale, noise, y).x
         mean = scale * full.matmul(_lift(phi.t_matmul(alpha), columns, full))[nodes] + self._offset()
+        mean = mean.squeeze(1) if self._single else mean
+        if not return_var:
+            return mean
         if num_samples is None:
-            variance = self._variance(full, nodes)
-        else:
-            if num_samples < 2:
-                raise ValueError(f"num_samples is {num_samples}, but a variance needs at least 2")
-            variance = self._paths(num_samples, nodes, generator).var(2).mean(1)
-        return (mean.squeeze(1) if self._single else mean), variance
+            num_samples = 0 if len(nodes) <= _EXACT else _SAMPLES
+        return mean, self._sampled_variance(nodes, num_samples, generator) if num_samples else self._variance(nodes)
 
     @torch.no_grad()
     def sample(
@@ -273,18 +327,34 @@ class GraphGP(nn.Module):
 
     def _paths(self, num_samples: int, nodes: Tensor, generator: torch.Generator | None) -> Tensor:
         """[n, T, S]."""
-        full, constant = self._features()
         outputs = 1 if self._y is None else self._y.size(1)
-        white = _normal((full.num_cols, outputs * num_samples), full.value, generator)
+        y = None if self._nodes is None else self._observed()[0].repeat_interleave(num_samples, 1)
+        paths = self._draws(outputs * num_samples, y, generator)[nodes]
+        return paths.view(-1, outputs, num_samples) + self._offset().unsqueeze(-1)
+
+    def _draws(self, count: int, y: Tensor | None, generator: torch.Generator | None) -> Tensor:
+        """Samples of g, [N, count]: given targets y [n, count] less their mean, or from the prior."""
+        full, constant = self._features()
+        white = _normal((full.num_cols, count), full.value, generator)
         paths = (self.log_scale.exp() * constant).sqrt() * full.matmul(white)
-        if self._nodes is not None:
-            y, phi, scale, noise, columns = self._observed()
-            y = y.repeat_interleave(num_samples, 1) - noise.sqrt() * _normal((len(y), white.size(1)), y, generator)
+        if y is not None:
+            _, phi, scale, noise, columns = self._observed()
+            y = y - noise.sqrt() * _normal((y.size(0), count), y, generator)
             weights = self._solve(phi, scale, noise, y - paths[self._nodes]).x
             paths = paths + scale * full.matmul(_lift(phi.t_matmul(weights), columns, full))
-        return paths[nodes].view(-1, outputs, num_samples) + self._offset().unsqueeze(-1)
+        return paths
 
-    def _variance(self, full: SparseFeatures, nodes: Tensor) -> Tensor:
+    def _sampled_variance(self, nodes: Tensor, num_samples: int, generator: torch.Generator | None) -> Tensor:
+        """The mean square of samples given targets of zero, whose mean is zero, and whose variance is the same."""
+        y, full = self._observed()[0], self._features()[0]
+        total, most = y.new_zeros(nodes.size(0)), max(1, _BLOCK // max(1, *full.shape))
+        for first in range(0, num_samples, most):
+            count = min(most, num_samples - first)
+            total += self._draws(count, y.new_zeros(y.size(0), count), generator)[nodes].square().sum(1)
+        return total / num_samples
+
+    def _variance(self, nodes: Tensor) -> Tensor:
+        full = self._features()[0]
         _, phi, scale, noise, columns = self._observed()
         parts = [scale.new_zeros(0)]
         for block in nodes.split(max(1, _BLOCK // max(1, full.num_cols))):
@@ -309,12 +379,31 @@ class GraphGP(nn.Module):
             phi = self.kernel.features(self.modulation())[0]
             scale = getattr(self.modulation, "scale", None)
             constant = one * (self.kernel.series.scale if scale is None else scale())
+        if not bool(constant > 0):
+            raise ValueError(
+                f"kernel has the constant {float(constant.detach()):.6g}, but must be positive semi-definite: give the "
+                "series, or the modulation, a scale above 0"
+            )
+        if not bool(phi.value.isfinite().all()):
+            raise ValueError(
+                "kernel has features that are infinite or NaN: check what they were made of, or the values of the "
+                "modulation (lr of fit too high?)"
+            )
         return phi.with_value(phi.value.double()), constant
+
+    def _node_keys(self) -> Tensor:
+        """Numbers that nodes keep while a kernel's graph changes."""
+        known = None if isinstance(self.kernel, SparseFeatures) else self.kernel._node_key
+        return torch.arange(self._num_nodes(), device=self.log_noise.device) if known is None else known
 
     def _observed(self) -> tuple[Tensor, SparseFeatures, Tensor, Tensor, Tensor]:
         """(targets less their mean, features of their nodes on the columns that occur, scale, noise, those columns)."""
         if self._nodes is None or self._y is None:
             raise ValueError("there are no targets yet: call fit(nodes, y) first, with steps=0 to learn nothing")
+        if self._keys is not None and not torch.equal(self._keys, self._node_keys()[: len(self._keys)]):
+            raise ValueError(
+                "kernel has lost nodes since fit(), so that nodes have other numbers: call fit(nodes, y) again"
+            )
         phi, constant = self._features()
         if self._pattern is None or self._pattern[0] is not phi.col:  # walks have been sampled anew
             self._pattern = phi.col, *_compact(phi, self._nodes)
@@ -336,7 +425,7 @@ class GraphGP(nn.Module):
         solution = conjugate_gradients(matvec, b, self.tol, self.max_iter)
         self.iterations = solution.diagonal.size(0)
         worst = float(solution.residual.max()) if solution.residual.numel() else 0.0
-        if worst > 2 * self.tol:
+        if not worst <= 2 * self.tol:
             warnings.warn(
                 f"conjugate gradients stopped after {self.iterations} iterations at a relative residual of {worst:.1e} "
                 f"(tol is {self.tol:.1e}): raise noise or tol, or max_iter",
@@ -360,39 +449,58 @@ def conjugate_gradients(
 
     Returns:
         The solution.
+
+    Raises:
+        ValueError: A right-hand side or a product is infinite or NaN, or A is not positive definite.
     """
+    if not bool(b.isfinite().all()):
+        raise ValueError("b has infinite or NaN entries, but right-hand sides must be finite")
     x, r, p = torch.zeros_like(b), b, b
     first = rr = b.square().sum(0)
+    active = rr > tol * tol * first
+    broken = torch.zeros_like(active)
     diagonal, off = [], []
     before = torch.zeros_like(rr)  # beta / alpha of the iteration before
     for _ in range(max_iter):
-        active = rr > tol * tol * first
-        if not bool(active.any()):
+        going, failed = torch.stack((active.any(), broken.any())).tolist()
+        if failed or not going:
             break
         product = matvec(p)
-        alpha = torch.where(active, rr / (p * product).sum(0), 0.0)
+        curvature = (p * product).sum(0)
+        broken = active & ~((curvature > 0) & curvature.isfinite())
+        active = active & ~broken
+        alpha = torch.where(active, rr / curvature, 0.0)
         x = x + alpha * p
         r = r - alpha * product
         after = torch.where(active, r.square().sum(0), rr)
         beta = torch.where(active, after / rr, 0.0)
         p = r + beta * p
+        goes_on = active & (after > tol * tol * first)
         # a column that has ended goes on with ones that nothing leads to
         diagonal.append(torch.where(active, 1 / alpha + before, 1.0))
-        off.append(torch.where(active, beta.sqrt() / alpha, 0.0))
-        before, rr = torch.where(active, beta / alpha, 0.0), after
+        off.append(torch.where(goes_on, beta.sqrt() / alpha, 0.0))
+        before, rr, active = torch.where(active, beta / alpha, 0.0), after, goes_on
+    if bool(broken.any()):
+        raise ValueError(
+            "the matrix is not positive definite, or not finite, to the accuracy of float64: raise the noise, or lower "
+            "the scale"
+        )
     none = b.new_zeros(0, b.size(1))
     residual = torch.where(first > 0, (b - matvec(x)).square().sum(0) / first, 0.0).sqrt()
     return Solution(x, torch.stack(diagonal) if diagonal else none, torch.stack(off) if off else none, residual)
 
 
-def _log_determinants(solution: Solution, n: int) -> Tensor:
+def _log_determinants(diagonal: Tensor, off_diagonal: Tensor, n: int) -> Tensor:
     """N times the quadrature of the logarithm, for each right-hand side of norm sqrt(n); one unbiased estimate each."""
-    diagonal, off = solution.diagonal.cpu().numpy(), solution.off_diagonal.cpu().numpy()
-    found = np.zeros(diagonal.shape[1])
-    for k in range(diagonal.shape[1] if len(diagonal) else 0):
-        eigval, eigvec = eigh_tridiagonal(diagonal[:, k], off[:-1, k])
-        found[k] = n * (eigvec[0] ** 2 * np.log(np.maximum(eigval, np.finfo(np.float64).tiny))).sum()
-    return torch.from_numpy(found).to(solution.x.device)
+    main, off = diagonal.cpu().numpy(), off_diagonal.cpu().numpy()
+    found = np.zeros(main.shape[1])
+    for k in range(main.shape[1] if len(main) else 0):
+        ends = np.flatnonzero(off[:, k] == 0)  # where the iterations of this column did
+        size = ends[0] + 1 if len(ends) else len(main)
+        eigval, eigvec = eigh_tridiagonal(main[:size, k], off[: size - 1, k])
+        eigval = np.maximum(eigval, np.finfo(np.float64).eps * eigval[-1])  # smaller ones are rounding errors
+        found[k] = n * (eigvec[0] ** 2 * np.log(eigval)).sum()
+    return torch.from_numpy(found).to(diagonal.device)
 
 
 def _signs(n: int, k: int, like: Tensor, generator: torch.Generator | None) -> Tensor:

@@ -4,10 +4,11 @@ import math
 
 import pytest
 import torch
+from torch import nn
 
 from geo import gp as gp_module
 from geo.gp import GraphGP, conjugate_gradients
-from geo.kernels import GRFKernel, SparseFeatures, heat, pair, personalised_pagerank, regularised_laplacian
+from geo.kernels import GRFKernel, SparseFeatures, custom, heat, pair, personalised_pagerank, regularised_laplacian
 from geo.nn import LearnableModulation
 from geo.testing import assert_close, assert_state_dict_roundtrip
 
@@ -288,6 +289,36 @@ def test_conjugate_gradients():
     assert conjugate_gradients(lambda v: a @ v, b[:, :0]).x.shape == (25, 0)
 
 
+def test_what_conjugate_gradients_cannot_solve():
+    b = torch.ones(3, 2, dtype=torch.float64)
+    for diagonal in ([1.0, 2.0, -9.0], [0.0, 0.0, 0.0], [1.0, math.nan, 1.0], [1.0, math.inf, 1.0]):
+        a = torch.tensor(diagonal, dtype=torch.float64).unsqueeze(1)
+        with pytest.raises(ValueError, match="the matrix is not positive definite, or not finite"):
+            conjugate_gradients(lambda v, a=a: a * v, b)
+    for bad in (math.nan, math.inf):
+        b[0, 1] = bad
+        with pytest.raises(ValueError, match="b has infinite or NaN entries"):
+            conjugate_gradients(lambda v: v, b)
+
+
+def test_the_tridiagonal_matrix_ends_with_its_column():
+    """Columns that need few iterations beside one that needs many have the quadrature they have alone."""
+    a = torch.logspace(-6, 0, 40, dtype=torch.float64).unsqueeze(1)
+    b = torch.randn(40, 3, dtype=torch.float64, generator=seeded())
+    b[4:, 0] = 0
+    b[10:, 1] = 0
+    together = conjugate_gradients(lambda v: a * v, b, 1e-3)
+    found = gp_module._log_determinants(together.diagonal, together.off_diagonal, 40)
+    for k in range(3):
+        alone = conjugate_gradients(lambda v: a * v, b[:, k : k + 1], 1e-3)
+        assert (together.off_diagonal[len(alone.diagonal) - 1 :, k] == 0).all()
+        assert_close(found[k : k + 1], gp_module._log_determinants(alone.diagonal, alone.off_diagonal, 40))
+        weight = b[:, k].square() / b[:, k].square().sum()
+        exact = 40 * (weight * a.squeeze(1).log()).sum()
+        assert float(found[k]) == pytest.approx(float(exact), rel=1e-3)
+    assert len(together.diagonal) > 12
+
+
 def test_a_solve_that_does_not_converge_warns():
     gp = GraphGP(kernel(), noise=1e-6, max_iter=3)
     gp.fit(*problem(), steps=0)
@@ -310,6 +341,43 @@ def test_iterations_grow_no_faster_than_the_root_of_the_nodes():
     assert counts[-1] > 2 * counts[0]
 
 
+# -- mean and variance -------------------------------------------------------------------------------------------------
+def test_the_mean_alone_takes_one_solve(monkeypatch):
+    gp = GraphGP(kernel())
+    nodes, y = problem(2)
+    gp.fit(nodes, y, steps=0)
+    expected = gp.predict()[0]
+    widths, solve = [], gp_module.conjugate_gradients
+
+    def counted(matvec, b, tol, max_iter):
+        widths.append(b.size(1))
+        return solve(matvec, b, tol, max_iter)
+
+    monkeypatch.setattr(gp_module, "conjugate_gradients", counted)
+    assert torch.equal(gp.predict(return_var=False), expected)
+    assert torch.equal(gp.predict(nodes, return_var=False), expected[nodes])
+    assert widths == [2, 2]
+
+
+def test_variances_of_many_nodes_are_sampled(monkeypatch):
+    """In blocks whose size does not matter; exact on request."""
+    gp = GraphGP(kernel(), noise=0.05, scale=20.0)
+    nodes, y = problem(2)
+    gp.fit(nodes, y, steps=0)
+    exact = gp.predict()[1]
+    monkeypatch.setattr(gp_module, "_EXACT", N - 1)
+    sampled = gp.predict(generator=seeded())[1]
+    assert torch.equal(sampled, gp.predict(num_samples=256, generator=seeded())[1])
+    z = (sampled / exact - 1) / math.sqrt(2 / 256)
+    assert 0 < z.abs().max() < 4.5
+    assert (gp.predict(nodes)[1] - exact[nodes]).abs().max() < 1e-7
+    assert torch.equal(gp.predict(num_samples=0)[1], exact)
+    monkeypatch.setattr(gp_module, "_BLOCK", 7 * N)
+    blocks = gp.predict(num_samples=2000, generator=seeded())[1]
+    assert (blocks / exact - 1).abs().max() < 4.5 * math.sqrt(2 / 2000)
+    assert (gp.predict(num_samples=1)[1] >= 0).all()
+
+
 # -- the module --------------------------------------------------------------------------------------------------------
 def test_walks_sampled_anew_are_seen():
     k = kernel()
@@ -321,6 +389,78 @@ def test_walks_sampled_anew_are_seen():
     second = gp.predict()[0]
     assert not torch.allclose(first, second)
     assert (second - dense(gp, nodes).mean(y).squeeze(1)).abs().max() < 1e-7
+
+
+def test_a_trained_modulation_stays_trained():
+    modulation = LearnableModulation(4, "mlp")
+    with torch.no_grad():
+        for parameter in modulation.parameters():
+            parameter += 0.1
+    before = modulation().detach()
+    gp = GraphGP(kernel(), modulation)
+    assert torch.equal(modulation(), before)
+    gp.reset_parameters()
+    assert_close(modulation(), heat(1.0).modulation(5).float())
+
+
+class Modulation(nn.Module):
+    """The least that is asked for: without a constant, without a start."""
+
+    def __init__(self):
+        super().__init__()
+        self.f = nn.Parameter(heat(3.0).modulation(40))
+
+    def forward(self):
+        return self.f
+
+
+def test_any_function_is_a_modulation():
+    nodes, y = problem()
+    means = []
+    for modulation in (None, Modulation(), lambda: heat(3.0).modulation(40)):
+        gp = GraphGP(kernel(), modulation, noise=0.3)
+        gp.fit(nodes, y, steps=2, generator=seeded())
+        gp.reset_parameters()
+        if isinstance(modulation, Modulation):
+            assert not torch.equal(modulation.f, heat(3.0).modulation(40))
+        else:
+            means.append(gp.predict(return_var=False))
+    assert math.exp(gp.log_noise.item()) == pytest.approx(0.3)
+    assert_close(means[1], means[0], 1e3)  # conjugate gradients to 1e-8
+
+
+def test_fit_where_edge_weights_and_features_learn_elsewhere():
+    nodes, y = problem()
+    weight = torch.full((2 * N,), 0.7, dtype=torch.float64, requires_grad=True)
+    twice = {"edge_weight": weight.detach()}, {"edge_weight": weight}
+    losses = [GraphGP(kernel(**o)).fit(nodes, y, steps=3, generator=seeded()) for o in twice]
+    assert weight.grad is None
+    assert losses[0] == losses[1]
+    phi = kernel(edge_weight=weight).features()[0]
+    assert phi.value.requires_grad
+    assert GraphGP(phi, scale=heat(3.0).scale).fit(nodes, y, steps=3, generator=seeded()) == pytest.approx(losses[0])
+
+
+def test_targets_without_variation_warn():
+    gp = GraphGP(kernel())
+    gp.fit(torch.tensor([3]), torch.tensor([2.0]), steps=0)
+    assert gp.predict(return_var=False).allclose(torch.tensor(2.0, dtype=torch.float64))
+    with pytest.warns(RuntimeWarning, match=r"y never differs from its mean .* give targets that vary, or steps=0"):
+        gp.fit(torch.tensor([3]), torch.tensor([2.0]), steps=1)
+
+
+def test_nodes_that_come_and_go():
+    k = kernel(coupling="antithetic", choice="rendezvous")
+    gp = GraphGP(k, mean="zero")
+    nodes, y = problem()
+    gp.fit(nodes, y, steps=0)
+    k.update(nodes_added=1, edges_added=torch.tensor([[0, N], [N, 0]]))
+    assert (gp.predict(return_var=False) - dense(gp, nodes).mean(y).squeeze(1)).abs().max() < 1e-7
+    k.update(nodes_removed=torch.tensor([0]))
+    with pytest.raises(ValueError, match=r"kernel has lost nodes since fit\(\), .*: call fit\(nodes, y\) again"):
+        gp.predict()
+    gp.fit(nodes[nodes > 0] - 1, y[nodes > 0], steps=0)
+    assert gp.predict(return_var=False).shape == (N,)
 
 
 def test_state_dict_and_reset():
@@ -398,8 +538,46 @@ def test_refusals():
     gp.fit(nodes, y, steps=0)
     with pytest.raises(ValueError, match="num_probes is 1, but a standard error needs at least 2"):
         gp.log_determinant(1)
-    with pytest.raises(ValueError, match="num_samples is 1, but a variance needs at least 2"):
-        gp.predict(num_samples=1)
+    with pytest.raises(ValueError, match="num_probes is 0, but must be at least 1"):
+        gp.log_marginal_likelihood(0)
+    with pytest.raises(ValueError, match="num_samples is -1, but must be at least 1, or 0 for the exact variance"):
+        gp.predict(num_samples=-1)
+
+
+def test_indefinite_kernels_are_refused():
+    for scale in (-1.0, 0.0):
+        with pytest.raises(ValueError, match=f"kernel has the constant {scale:g}, but must be positive semi-definite"):
+            GraphGP(kernel(custom([1.0, 0.5], scale=scale)))
+    modulation = LearnableModulation(1, init=custom([1.0, 0.5], scale=-1.0))
+    with pytest.raises(
+        ValueError, match="kernel has the constant -1, but must be positive semi-definite: give the seri"
+    ):
+        GraphGP(kernel(), modulation)
+    debiased = kernel(coupling="iid", debias_diag=True)
+    with pytest.raises(ValueError, match="with debias_diag=True, which may have negative eigenvalues: build it with"):
+        GraphGP(debiased)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_features_that_are_not_finite_are_refused(bad):
+    phi = kernel().features()[0]
+    value = phi.value.clone()
+    value[0] = bad
+    with pytest.raises(ValueError, match="kernel has features that are infinite or NaN"):
+        GraphGP(phi.with_value(value))
+    gp = GraphGP(kernel(), LearnableModulation(4))
+    gp.fit(*problem(), steps=0)
+    with torch.no_grad():
+        gp.modulation.raw[1] = bad
+    for call in (gp.predict, gp.sample, gp.log_determinant, gp.log_marginal_likelihood):
+        with pytest.raises(ValueError, match=r"kernel has features that are infinite or NaN: .* of the modulation"):
+            call()
+    gp = GraphGP(kernel())
+    gp.fit(*problem(), steps=0)
+    with torch.no_grad():
+        gp.log_noise.fill_(bad)
+    with pytest.raises(ValueError, match=r"the matrix is not positive definite, or not finite, .*: raise the noise"):
+        gp.predict()
 
 
 def test_repr():
