@@ -28,6 +28,7 @@ from geo.ops.gaunt_irreps import Blocks, gaunt_product_irreps, gaunt_product_irr
 from geo.ops.gelu import gelu, gelu_reference
 from geo.ops.grf_paths import grf_paths, grf_paths_reference
 from geo.ops.grf_walks import WalkDeposits, grf_walks, grf_walks_reference
+from geo.ops.gru_merge import gru_merge, gru_merge_reference
 from geo.ops.irreps import pack_irreps, pack_irreps_reference, unpack_irreps, unpack_irreps_reference
 from geo.ops.pair_mlp import pair_mlp, pair_mlp_reference
 from geo.ops.plan import SegmentPlan, csr_from_index, csr_from_index_reference
@@ -115,6 +116,8 @@ __all__ = [
     "grf_paths_reference",
     "grf_walks",
     "grf_walks_reference",
+    "gru_merge",
+    "gru_merge_reference",
     "pack_irreps",
     "pack_irreps_reference",
     "pair_mlp",

@@ -5,36 +5,18 @@
 #include "../pair_mlp_table.h"
 
 #include "../../pair_mlp.h"
-#include "vec.h"
+#include "products.h"
 
 namespace geo {
 namespace GEO_SIMD_NAMESPACE {
 namespace {
 
-constexpr int kPanel = kRegisters == 32 ? 4 : 2;  // vectors of a tile at most
 constexpr int kPairs = 24;                        // pairs of a panel: a multiple of this, and of the rows of all tiles
 constexpr int kMostPairs = 96;
 constexpr int64_t kPanelBytes = 24 << 10;
 
 GEO_INLINE constexpr int pair_rows(int vectors) {
   return kRegisters == 32 ? (vectors == 4 ? 6 : vectors == 3 ? 8 : 12) : vectors == 2 ? 6 : 12;
-}
-GEO_INLINE constexpr int outer_rows(int vectors) { return vectors * 2 > kPanel ? 4 : 8; }
-
-template <int N>
-struct Width {
-  static constexpr int value = N;
-};
-// f(first feature, Width<NC>) for tiles of NC vectors
-template <class T, class F>
-GEO_INLINE void for_features(int64_t wide, F&& f) {
-  constexpr int64_t L = vec<T>::lanes;
-  int64_t first = 0;
-  for (; first + kPanel * L <= wide; first += kPanel * L) f(first, Width<kPanel>());
-  const int64_t left = (wide - first) / L;
-  if (left == 3) f(first, Width<(kPanel > 3 ? 3 : 1)>());
-  if (left == 2) f(first, Width<(kPanel > 2 ? 2 : 1)>());
-  if (left == 1) f(first, Width<1>());
 }
 
 // -- products ---------------------------------------------------------------------------------------------------------
@@ -83,28 +65,6 @@ GEO_INLINE void layer(const T* x, int64_t x_pitch, int64_t depth, const T* weigh
   for_features<T>(pitch, [&](int64_t f, auto width) {
     multiply<T, decltype(width)::value, kThen>(x, x_pitch, depth, weight + f, pitch, bias + f, y + f, rows);
   });
-}
-
-// sum[b] += sum over pairs of x[p, b] * grad[p], for NB features b
-template <class T, int NB, int NC>
-void outer(const T* x, int64_t x_pitch, const T* grad, int64_t pitch, int rows, T* sum) {
-  using V = typename vec<T>::type;
-  constexpr int64_t L = vec<T>::lanes;
-  V total[NB][NC];
-  GEO_UNROLL(8) for (int i = 0; i < NB; ++i) {
-    GEO_UNROLL(4) for (int j = 0; j < NC; ++j) total[i][j] = load(sum + i * pitch + j * L);
-  }
-  GEO_UNROLL(1) for (int p = 0; p < rows; ++p, x += x_pitch, grad += pitch) {
-    V g[NC];
-    GEO_UNROLL(4) for (int j = 0; j < NC; ++j) g[j] = load(grad + j * L);
-    GEO_UNROLL(8) for (int i = 0; i < NB; ++i) {
-      const T scale = x[i];
-      GEO_UNROLL(4) for (int j = 0; j < NC; ++j) total[i][j] = layer_step(total[i][j], scale, g[j]);
-    }
-  }
-  GEO_UNROLL(8) for (int i = 0; i < NB; ++i) {
-    GEO_UNROLL(4) for (int j = 0; j < NC; ++j) store(sum + i * pitch + j * L, total[i][j]);
-  }
 }
 
 // The gradients of weight [in, pitch] and, in the row behind, of the bias.

@@ -1,0 +1,46 @@
+#pragma once
+// What the launcher in gru_merge.cpp calls: leaf kernels over raw pointers, one table per SIMD level.
+//
+// Pairs are taken in panels, with features along the lanes. Rows of features are filled up to whole vectors ("wide"), the
+// weights with zeros.
+#include <stdint.h>
+
+#include "simd_level.h"
+
+namespace geo {
+
+constexpr int64_t kMergePairs = 48;  // of a panel
+
+struct GRUMergeJob {
+  int64_t features, wide, rows;
+  const int64_t *left, *right;
+  const void* x;       // [R, F]
+  const void* weight;  // [wide / lanes, F, 6, lanes]: of each vector of outputs, as the kernels walk along the inputs
+  const void* bias;    // [wide / lanes, 4, lanes]: of r and z both, of n the input's and the state's
+  void* out;           // [P, F]
+  // of the gradient
+  const void* grad;  // [P, F]
+  const void* back;  // [6 F, wide], the weight
+  void* sides;       // [2 P, F], the gradients of the left rows and of the right ones, or null
+  int64_t pairs;
+};
+
+// Which entry of left (fault 0) or right (1) is out of range, if any (-1).
+struct MergeOutcome {
+  int fault;
+  int64_t position;
+};
+
+struct GRUMergeTable {
+  int64_t lanes;
+  // How many numbers: of `scratch`, and of `sums`, [6 F, wide] and [4, wide], which are the gradients of the weight and,
+  // as above, of the bias. Both are aligned to 64 bytes; sums are added to.
+  int64_t (*scratch)(const GRUMergeJob&, bool backward);
+  MergeOutcome (*forward)(const GRUMergeJob&, int64_t begin, int64_t end, void* scratch);
+  MergeOutcome (*backward)(const GRUMergeJob&, int64_t begin, int64_t end, void* scratch, void* sums);
+};
+
+GEO_DECLARE_TABLE(GRUMergeTable, gru_merge_float)
+GEO_DECLARE_TABLE(GRUMergeTable, gru_merge_double)
+
+}  // namespace geo
