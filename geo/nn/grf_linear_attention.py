@@ -52,10 +52,12 @@ class GRFLinearAttention(nn.Module):
 
     The paper leaves the sign of the denominator open. Here it is positive by three rules: f is positive
     (``positive=True`` or a closed form), edge weights are not negative, and feature maps are not either;
-    ``normalize=False`` has no denominator and no rule. Walks start from the nodes of each graph under their numbers in
-    it, so that a graph's mask does not depend on its batch. They follow the edges from row 0 of ``edge_index`` to
-    row 1: a node attends to those it reaches, and the second set goes the other way, which for undirected graphs is the
-    same.
+    ``normalize=False`` has no denominator and no rule. A negative denominator is an error; compiled layers do not
+    look for one, and return zero there.
+
+    Walks start from the nodes of each graph under their numbers in it, so that a graph's mask does not depend on its
+    batch. They follow the edges from row 0 of ``edge_index`` to row 1: a node attends to those it reaches, and the
+    second set goes the other way, which for undirected graphs is the same.
 
     Sampling walks takes about as long as a layer. Layers share walks drawn once by :meth:`sample` and passed as
     ``walks``; for one graph ``cached=True`` keeps them; for undirected graphs of a dataset
@@ -92,7 +94,7 @@ class GRFLinearAttention(nn.Module):
         ``edge_weight``. A graph's output does not depend on its batch.
 
     Raises:
-        ValueError: An unknown option, or inputs that do not fit.
+        ValueError: An unknown option, inputs that do not fit, or a denominator that is negative.
 
     Example:
         >>> import torch
@@ -165,6 +167,10 @@ class GRFLinearAttention(nn.Module):
         """Draw a new seed of the walks, and forget those kept."""
         self.seed.fill_(_draw_seed(generator))
         self._kept = None
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._kept = None  # walks of another seed
 
     def _law(self, seed: int) -> dict[str, Any]:
         return {
@@ -319,12 +325,15 @@ def masked_linear_attention(
         v: [N, H, D].
         psi1: N rows.
         psi2: N rows and as many columns as ``psi1``.
-        normalize: Divide by the same with ones for v; where that is zero so is the result.
+        normalize: Divide by the same with ones for v; where that underflows the result is zero.
         chunk: Numbers in one of the few arrays held at a time. Where one chunk is not enough, the backward pass
             computes each anew.
 
     Returns:
         [N, H, D].
+
+    Raises:
+        ValueError: A denominator is negative (not looked for while compiling).
     """
     num_nodes, heads, width = q.shape
     values = torch.cat((v, v.new_ones(num_nodes, heads, 1)), -1) if normalize else v
@@ -351,7 +360,13 @@ def masked_linear_attention(
     if not normalize:
         return out
     numerator, denominator = out[..., :-1], out[..., -1:]
-    return numerator / denominator.clamp(min=torch.finfo(out.dtype).tiny)
+    if not torch.compiler.is_compiling() and bool((denominator < 0).any()):
+        raise ValueError(
+            f"the denominator has {float(denominator.detach().min()):.6g}, but must not be negative: feature_map, the "
+            "values of walks and edge weights must not be, or set normalize=False"
+        )
+    lost = denominator < torch.finfo(out.dtype).tiny  # NaN stays
+    return torch.where(lost, 0, numerator) / torch.where(lost, 1, denominator)
 
 
 def _draw_seed(generator: torch.Generator | None) -> int:

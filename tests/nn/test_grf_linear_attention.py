@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -149,6 +151,39 @@ def test_a_denominator_that_underflows_gives_zero():
     assert torch.equal(out, torch.zeros(3, C))
     out.sum().backward()
     assert bool(x.grad.isfinite().all())
+
+
+NEGATIVE = r"the denominator has -\d.*, but must not be negative: feature_map, the values of walks and edge weights"
+
+
+def test_negative_denominators_are_refused():
+    data = graph(dtype=torch.float32)
+    layer = GRFLinearAttention(C, 2)
+    matrix = normalized_adjacency(data.edge_index, None, 10)
+    first, second = (grf_walks(*matrix, num_walks=8, seed=0, first_walk=8 * k, max_length=8) for k in (0, 1))
+    walks = (first._replace(value=-first.value), second)
+    with pytest.raises(ValueError, match=NEGATIVE):
+        layer(data.x, data.edge_index, walks=walks)
+    with pytest.raises(ValueError, match=NEGATIVE):
+        run(GRFLinearAttention(C, 2, torch.tanh), data)
+    free = GRFLinearAttention(C, 2, torch.tanh, normalize=False)
+    assert bool(run(free, data).isfinite().all())
+
+
+def test_negative_denominators_give_zero_in_compiled_layers():
+    eye = torch.arange(4)
+    psi = SparseFeatures(eye, eye[:-1], torch.ones(3), 3)
+    torch.compiler.reset()
+    compiled = torch.compile(masked_linear_attention, backend="aot_eager")
+    q, k, v = torch.tensor([1.0, -1.0, 0.0]).view(3, 1, 1), torch.ones(3, 1, 1), torch.full((3, 1, 2), 5.0)
+    out = compiled(q, k, v, psi, psi)
+    assert out.flatten().tolist() == [5.0, 5.0, 0.0, 0.0, 0.0, 0.0]
+
+
+def test_nan_stays_nan():
+    data = graph(3, 0)
+    data.x[1, 0] = math.nan
+    assert run(GRFLinearAttention(C).double(), data).isnan().all(1).tolist() == [False, True, False]
 
 
 # -- laws --------------------------------------------------------------------------------------------------------------
@@ -351,6 +386,17 @@ def test_cached_walks():
     weight = data.edge_weight.clone().requires_grad_()
     with pytest.raises(ValueError, match="edge_weight requires grad, but cached=True"):
         layer(data.x, data.edge_index, None, weight)
+
+
+def test_cached_walks_of_a_checkpoint():
+    """A layer that has run before it is loaded is the one that was saved."""
+    data = graph()
+    layer, other = (GRFLinearAttention(C, 2, cached=True).double() for _ in range(2))
+    expected = run(layer, data)
+    assert not torch.allclose(run(other, data), expected)
+    holder = nn.ModuleList([other])
+    holder.load_state_dict({f"0.{name}": value for name, value in layer.state_dict().items()})
+    assert torch.equal(run(other, data), expected)
 
 
 def test_walks_given():
