@@ -11,6 +11,7 @@ past through its place alone: with :math:`G_l = \sum_{r \ge 1} f_{l + r} U^r`,
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -56,17 +57,20 @@ class WalkMoments:
             out.append(self.matrix @ (value * eye + out[-1]))
         return torch.stack(out[::-1])
 
-    def second(self, f: Tensor) -> Tensor:
-        """E[phi phi^T] of one walk from each start, [N, N, N]."""
+    def second(self, f1: Tensor, f2: Tensor) -> Tensor:
+        """E[phi1 phi2^T] of one walk from each start under two modulations, [N, N, N]."""
         power = torch.eye(len(self.matrix), dtype=torch.float64, device=self.matrix.device)
         powers = [power]
-        for on in self.going_on[: f.size(0) - 1]:
+        for on in self.going_on[: f1.size(0) - 1]:
             power = power @ self.squares / on
             powers.append(power)
         loads = torch.stack(powers)  # [L, start, column]
-        once = torch.einsum("lia,lab->iab", loads * f.view(-1, 1, 1), self.later(f))
-        same = torch.einsum("lia,l->ia", loads, f.square())
-        return once + once.transpose(1, 2) + torch.diag_embed(same)
+        first, then = (
+            torch.einsum("lia,lab->iab", loads * early.view(-1, 1, 1), self.later(late))
+            for early, late in ((f1, f2), (f2, f1))
+        )
+        same = torch.einsum("lia,l->ia", loads, f1 * f2)
+        return first + then.transpose(1, 2) + torch.diag_embed(same)
 
     def dot(self, f1: Tensor, f2: Tensor) -> Tensor:
         """E[phi1 . phi2] of the features of one walk under two modulations, for each start, [N]."""
@@ -117,24 +121,71 @@ class WalkMoments:
         return bool((table[-len(terms) // 4 :] <= _REST * table.amax(0)).all())
 
 
+def _moments(walks: WalkMoments, f1: Tensor, f2: Tensor, num_walks: int) -> tuple[Tensor, Tensor]:
+    """The mean products of each feature of all walks under two modulations, [N, N, N], and the mean under f1."""
+    mean1, mean2 = walks.mean(f1), walks.mean(f2)
+    both = walks.second(f1, f2) / num_walks + (1 - 1 / num_walks) * mean1.unsqueeze(2) * mean2.unsqueeze(1)
+    return both, mean1
+
+
 def variance(first: WalkMoments, second: WalkMoments, f1: Tensor, f2: Tensor, num_walks: int) -> Tensor:
     """The variance of the dot product of each feature of one set with each of an independent set, [N, N]."""
+    second1, mean1 = _moments(first, f1, f1, num_walks)
+    equal = second is first and torch.equal(f1, f2)
+    second2, mean2 = (second1, mean1) if equal else _moments(second, f2, f2, num_walks)
+    return second1.flatten(1) @ second2.flatten(1).t() - (mean1 @ mean2.t()).square()
 
-    def moments(walks: WalkMoments, f: Tensor) -> tuple[Tensor, Tensor]:
-        mean = walks.mean(f)
-        both = walks.second(f) / num_walks + (1 - 1 / num_walks) * mean.unsqueeze(2) * mean.unsqueeze(1)
-        return mean, both.flatten(1)
 
-    mean1, second1 = moments(first, f1)
-    mean2, second2 = (mean1, second1) if second is first and torch.equal(f1, f2) else moments(second, f2)
-    return second1 @ second2.t() - (mean1 @ mean2.t()).square()
+def covariance(walks: WalkMoments, f1: Tensor, f2: Tensor, num_walks: int) -> Tensor:
+    """Of the dot products phi1_i . phi2_j and phi1_j . phi2_i of one set of walks, for i other than j, [N, N]."""
+    both, _ = _moments(walks, f1, f2, num_walks)
+    product = walks.mean(f1) @ walks.mean(f2).t()
+    return both.flatten(1) @ both.transpose(1, 2).flatten(1).t() - product * product.t()
+
+
+def relative_error(
+    series: Series,
+    num_walks: int,
+    halting: list[float],
+    max_length: int | None,
+    rho: float,
+    squares: float,
+    dtype: torch.dtype,
+) -> float:
+    r"""About the relative error of an estimate of a typical entry, for independent walks; rather below it than above.
+
+    Entries of a walk's feature have squares that sum to about :math:`\sum_l f_l^2 b^l / Q_l`, where :math:`Q_l` is the
+    probability of l steps and b that of ``squares``, the spectral radius of B; those of its mean to less than
+    :math:`(\sum_l |f_l| \rho^l)^2`. Infinite where the modulations are beyond their ``dtype``.
+    """
+    if rho == 0 or squares == 0:
+        return 0.0
+    most = _LONGEST if max_length is None else min(max_length + 1, _LONGEST)
+    n = min(128, most)
+    while True:
+        length = torch.arange(n, dtype=torch.float64)
+        halts = torch.tensor(halting[: n - 1], dtype=torch.float64)
+        going_on = 1 - torch.cat([halts, halts.new_full((n - 1 - len(halts),), halting[-1])])
+        load = torch.cat([length[:1], (squares / going_on).log().cumsum(0)])  # logarithms: terms may be huge
+        ratios, small = [], True
+        for f in series.modulations(n):
+            size = f.detach().to(dtype).double().cpu().abs()
+            if not bool(size.isfinite().all()):
+                return math.inf
+            square = torch.where(load.isfinite(), 2 * size.log() + load, -math.inf)[1:]
+            mean = (size.log() + length * math.log(rho)).logsumexp(0)
+            ratios.append(float((square.logsumexp(0) - 2 * mean).exp()) / num_walks)
+            small &= n == most or bool(square[-n // 4 :].logsumexp(0) <= square.logsumexp(0) - 7)
+        if n == most or small:
+            return math.sqrt(ratios[0] + ratios[1] + ratios[0] * ratios[1])
+        n = min(2 * n, most)
 
 
 def matrix_series(series: Series, matrix: Tensor) -> Tensor:
     """The sum of the series of a dense float64 matrix, without its scale.
 
     Raises:
-        ValueError: It does not converge within 4096 terms.
+        ValueError: It does not converge within 4096 terms, or its sum is beyond float64.
     """
     for n in (64, 512, 4096):
         power = torch.eye(len(matrix), dtype=torch.float64, device=matrix.device)
@@ -145,6 +196,8 @@ def matrix_series(series: Series, matrix: Tensor) -> Tensor:
             out, power = out + term, power @ matrix
             below = len(matrix) == 0 or float(term.abs().max()) <= 1e-17 * float(out.abs().max())
             small = small + 1 if below else 0
-            if small == 32:
+            if small == 32 and bool(out.isfinite().all()):
                 return out
-    raise ValueError(f"series: {series.name} does not converge within 4096 terms on this matrix")
+    raise ValueError(
+        f"series: {series.name} does not converge within 4096 terms on this matrix, or its sum is beyond float64"
+    )

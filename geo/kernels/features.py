@@ -17,7 +17,7 @@ class SparseFeatures:
 
     Args:
         ptr: int64 [``num_rows`` + 1], the first entry of each row.
-        col: int64 [P], the column of each entry, ascending inside a row.
+        col: int64 [P], the column of each entry, ascending inside a row, none twice.
         value: [P], the entries.
         num_cols: Number of columns.
 
@@ -137,7 +137,7 @@ class SparseFeatures:
     def to_dense(self) -> Tensor:
         """[``num_rows``, ``num_cols``]; differentiable in the entries."""
         zeros = self.value.new_zeros(self.num_rows * self.num_cols)
-        return zeros.index_add(0, self.row * self.num_cols + self.col, self.value).view(self.shape)
+        return zeros.scatter(0, self.row * self.num_cols + self.col, self.value).view(self.shape)
 
     def to_sparse_csr(self) -> Tensor:
         """The matrix as PyTorch's sparse CSR tensor, without gradients."""
@@ -380,14 +380,13 @@ def normalized_adjacency(
     first = torch.ones_like(place, dtype=torch.bool)
     first[1:] = place[1:] != place[:-1]
     if not bool(first.all()):
-        slot = first.long().cumsum(0) - 1
-        row, col = row[first], col[first]
-        weight = weight.new_zeros(row.size(0)).index_add(0, slot, weight)
+        begin = first.nonzero().flatten()
+        weight = segment_sum_csr(weight, torch.cat([begin, begin.new_tensor([len(first)])]))
+        row, col = row[begin], col[begin]
     rowptr = torch.searchsorted(row, torch.arange(num_nodes + 1, device=row.device))
     if normalization == "sym":
         size = weight.abs()
-        out_sum = size.new_zeros(num_nodes).index_add(0, row, size)
-        in_sum = size.new_zeros(num_nodes).index_add(0, col, size)
-        product = out_sum[row] * in_sum[col]
+        t_ptr, by_target = csr_from_index(col, num_nodes)
+        product = segment_sum_csr(size, rowptr)[row] * segment_sum_csr(size[by_target], t_ptr)[col]
         weight = weight / torch.where(product > 0, product, 1).sqrt()
     return rowptr, col, weight.to(dtype)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from geo.kernels.estimate import Estimate, places_of, row_dots, row_sums
-from geo.kernels.exact_moments import WalkMoments, matrix_series, variance
+from geo.kernels.exact_moments import WalkMoments, covariance, matrix_series, relative_error, variance
 from geo.kernels.features import FeatureMap, SparseFeatures, normalized_adjacency
 from geo.kernels.series import Series
 from geo.kernels.streaming import StreamingWalks, WalkUpdate
@@ -136,15 +136,14 @@ class GRFKernel:
             )
 
     # -- series --------------------------------------------------------------------------------------------------------
-    def _set_series(self, series: Series) -> None:
+    def _set_series(self, series: Series, check: bool = True) -> None:
         if series.conjugate == "degree" and (self.directed or self.symmetrise):
             raise ValueError(
                 f"series: {series.name} needs an undirected graph and symmetrise=False; on a directed one take "
                 "katz(beta=1 - a), times a, with edge_weight = 1 / (number of edges out of the source)"
             )
-        if math.isfinite(series.radius):
-            self._check_convergence(series)
-            self._check_variance(series)
+        if check and self._matrix[1].size(0):
+            self._check_variance(series, self._check_convergence(series))
         self.series = series
         self._sides: tuple[Tensor, Tensor] | None = None  # what multiplies rows and columns
         if series.conjugate == "degree":
@@ -154,10 +153,10 @@ class GRFKernel:
             self._sides = 1 / root, root
         self._features: tuple[SparseFeatures, SparseFeatures, Tensor | None] | None = None
 
-    def _check_convergence(self, series: Series) -> None:
-        """Walks need absolute convergence, so the matrix is taken without its signs."""
+    def _check_convergence(self, series: Series) -> float:
+        """Walks need absolute convergence: of the matrix without its signs, whose spectral radius this bounds."""
         if series.normalization == "sym" and series.radius > 1 + 1e-3:
-            return
+            return 1.0
         rowptr, col, weight = self._matrix
         rho = spectral_radius(rowptr, col, weight.detach().abs())
         limit = series.radius * (1 + 1e-6 if series.on_circle else 1 - 1e-6)
@@ -167,20 +166,30 @@ class GRFKernel:
                 f"the matrix has {rho:.6g}: divide edge_weight by more than {rho / series.radius:.6g}, or take a "
                 "series of shorter range"
             )
+        return rho
 
-    def _check_variance(self, series: Series) -> None:
-        halt = self._halting[-1] / _ONE
-        if self._max_length is not None or halt == 1:
-            return
-        squares = 1.0
-        if not (self._plain and series.normalization == "sym" and not self.directed):
-            rowptr, col, _ = self._matrix
-            squares = spectral_radius(rowptr, col, step_squares(self._matrix, self._options["proposal"]))
+    def _check_variance(self, series: Series, rho: float) -> None:
+        proposal, halt = self._options["proposal"], self._halting[-1] / _ONE
+        finite = self._max_length is not None or halt == 1 or not math.isfinite(series.radius)
+        squares = 1.0  # for a symmetric normalised matrix: more if it has weights, which does not matter if finite
+        if self.directed or series.normalization is None or not (finite or self._plain):
+            sets = (self._matrix, self._transpose) if self.directed else (self._matrix,)
+            squares = max(spectral_radius(*matrix[:2], step_squares(matrix, proposal)) for matrix in sets)
         limit = 1 - squares / series.radius**2  # the square of a load has the mean of (squares / (1 - halt))^length
-        if halt < limit - 1e-9:
+        if finite or halt < limit - 1e-9:
+            halting = [units / _ONE for units in self._halting]
+            dtype = self._matrix[2].dtype
+            error = relative_error(series, self.num_walks, halting, self._max_length, rho, squares, dtype)
+            if error > 1:
+                warnings.warn(
+                    f"series: the error of {series.name} from {self.num_walks} walks a node with p_halt={halt:.3g} is "
+                    f"estimated at {error:.2g} times the kernel: take a smaller p_halt, more walks (num_walks), or a "
+                    "product of kernels of shorter range (StitchedKernel)",
+                    stacklevel=4,
+                )
             return
         remedy = f"take p_halt below {limit:.3g}" if limit > 1e-6 else "no p_halt helps: take a series of shorter range"
-        also = ", or proposal='weight'" if self._options["proposal"] == "uniform" and not self._plain else ""
+        also = ", or proposal='weight'" if proposal == "uniform" and not self._plain else ""
         warnings.warn(
             f"series: the variance of {series.name} is infinite on this graph with p_halt={halt:.3g}: {remedy}{also}, "
             "or cut the walks by max_length, which is a bias",
@@ -191,13 +200,13 @@ class GRFKernel:
         """Another kernel estimated from the same walks.
 
         Args:
-            series: Of the same ``normalization``, and no longer than the walks were cut.
+            series: Of the same ``normalization``. Lengths beyond ``max_length``, if it was given, drop out.
 
         Returns:
             The kernel; it shares its walks with this one.
 
         Raises:
-            ValueError: The series needs another matrix or longer walks, or diverges.
+            ValueError: The series needs another matrix, or longer walks than the first series had, or diverges.
 
         Example:
             >>> from geo.kernels import regularised_laplacian
@@ -205,6 +214,12 @@ class GRFKernel:
             >>> GRFKernel(edge_index, regularised_laplacian()).with_series(regularised_laplacian(d=2.0)).shape
             (3, 3)
         """
+        out = self._for_series(series)
+        out._set_series(series)
+        return out
+
+    def _for_series(self, series: Series) -> GRFKernel:
+        """A copy with the same walks, if they will do."""
         if series.normalization != self.series.normalization:
             raise ValueError(
                 f"series: {series.name} has normalization={series.normalization!r}, the walks "
@@ -218,7 +233,6 @@ class GRFKernel:
             )
         out = copy.copy(self)
         out._streams = None
-        out._set_series(series)
         return out
 
     def with_modulation(self, f: Tensor, scale: float = 1.0) -> GRFKernel:
@@ -232,7 +246,7 @@ class GRFKernel:
             The kernel; it shares its walks with this one.
 
         Raises:
-            ValueError: f has not one axis, is empty, or is longer than the walks were cut.
+            ValueError: f has not one axis, is empty, or is longer than the walks were cut for a series that ends.
 
         Example:
             >>> from geo.kernels import heat
@@ -243,7 +257,10 @@ class GRFKernel:
         """
         if f.dim() != 1 or f.numel() == 0 or not f.is_floating_point():
             raise ValueError(f"f: expected floating numbers along one axis, got {f.dtype} {list(f.shape)}")
-        return self.with_series(_learned(f, scale, self.series))
+        series = _learned(f, scale, self.series)
+        out = self._for_series(series)
+        out._set_series(series, check=False)  # f is what it is
+        return out
 
     # -- walks ---------------------------------------------------------------------------------------------------------
     def resample(self, generator: torch.Generator | None = None) -> GRFKernel:
@@ -397,13 +414,13 @@ class GRFKernel:
             if f.dim() != 1 or f.size(0) < 1:
                 raise ValueError(f"f: expected at least one number along one axis, got {list(f.shape)}")
         n = min(max(f1.size(0), f2.size(0)), self._num_lengths)
+        same = f1 is f2  # two modulations of equal values are still two, which learn apart
         f1, f2 = (torch.cat([f[:n], f.new_zeros(max(n - f.size(0), 0))]).to(self._matrix[2]) for f in (f1, f2))
         if self._maps is None or self._maps[0] != n:
             sets = self._deposits if self.two_sets else (self._deposits[0], *self._deposits[2:])
             self._maps = n, [FeatureMap(deposits, self.num_nodes, n) for deposits in sets]
         maps = self._maps[1]
         phi1 = maps[0](f1)
-        same = f1 is f2 or torch.equal(f1, f2)
         phi2 = phi1 if same and not self.two_sets else maps[self.two_sets](f2)
         if not debias:
             return phi1, phi2, None
@@ -461,7 +478,7 @@ class GRFKernel:
             The kernel, computed in float64, in the dtype of the features.
 
         Raises:
-            ValueError: The series does not converge within 4096 terms.
+            ValueError: The series does not converge within 4096 terms, or its sum is beyond float64.
         """
         out: Tensor
         matrix = self._dense_matrix(self._matrix)
@@ -469,8 +486,8 @@ class GRFKernel:
             eigvals, eigvecs = torch.linalg.eigh((matrix + matrix.t()) / 2)
             out = (eigvecs * self.series.function(eigvals)) @ eigvecs.t()
         else:
-            out = matrix_series(self.series, matrix)
-        out = (self.series.scale * out).to(self._matrix[2].dtype)
+            out = self.series.scale * matrix_series(self.series, matrix)
+        out = out.to(self._matrix[2].dtype)
         sides = self._sides
         return out if sides is None else sides[0].unsqueeze(1) * out * sides[1]
 
@@ -490,7 +507,7 @@ class GRFKernel:
             second = first.transposed(
                 self._dense_matrix(self._transpose, step_squares(self._transpose, self._options["proposal"]))
             )
-        f1, f2 = first.modulations(self.series)
+        f1, f2 = max((walks.modulations(self.series) for walks in (first, second)), key=lambda pair: len(pair[0]))
         return first, second, f1.detach(), f2.detach()
 
     def exact_variance(self) -> Tensor:
@@ -511,7 +528,10 @@ class GRFKernel:
         first, second, f1, f2 = self._moments("exact_variance")
         out = variance(first, second, f1, f2, self.num_walks) * self.series.scale**2
         if self.symmetrise and (self.two_sets or not torch.equal(f1, f2)):
-            out = torch.where(torch.eye(len(out), device=out.device) > 0, out, (out + out.t()) / 4)
+            both = out + out.t()
+            if not self.two_sets:  # then the entries (i, j) and (j, i) are of the same walks
+                both = both + 2 * covariance(first, f1, f2, self.num_walks) * self.series.scale**2
+            out = torch.where(torch.eye(len(out), device=out.device) > 0, out, both / 4)
         if not self.two_sets:
             out.fill_diagonal_(math.nan)
         sides = self._sides

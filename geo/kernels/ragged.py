@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from geo.ops import segment_sum_csr
 from geo.ops.plan import index_from_csr
 
 
@@ -96,5 +97,6 @@ def ptr_of(count: Tensor) -> Tensor:
 
 
 def row_sums(ptr: Tensor, weight: Tensor) -> Tensor:
-    """In the order of the entries, as :func:`normalized_adjacency` adds them up."""
-    return weight.new_zeros(len(ptr) - 1).index_add(0, index_from_csr(ptr, None, len(weight)), weight.abs())
+    """Of absolute values, in a fixed order: those that :func:`normalized_adjacency` divides by, bit for bit."""
+    out: Tensor = segment_sum_csr(weight.abs(), ptr)
+    return out

@@ -38,7 +38,7 @@ class Series:
         radius: Radius of convergence of the modulations, in W; infinite for entire series and for polynomials.
         on_circle: Whether they still converge absolutely where the spectral radius of W equals ``radius``.
         degree: The last length with a modulation other than zero, or None where there is no last.
-        function: :math:`\sum_k \alpha_k x^k` in closed form, or None.
+        function: :math:`s \sum_k \alpha_k x^k` in closed form, or None.
         conjugate: ``'degree'`` for :math:`D^{-1/2} K D^{1/2}` (personalised PageRank), else None.
 
     Example:
@@ -173,7 +173,7 @@ def regularised_laplacian(s: float = 1.0, d: float = 1.0) -> Series:
     """
     _positive(s=s, d=d)
     name = f"regularised_laplacian(s={s:g}, d={d:g})"
-    return _negative_power(name, s * s / (1 + s * s), d, (1 + s * s) ** -d)
+    return _negative_power(name, s * s / (1 + s * s), d, 1 + s * s)
 
 
 @_remembered
@@ -197,7 +197,7 @@ def matern(nu: float, kappa: float) -> Series:
     """
     _positive(nu=nu, kappa=kappa)
     top = 1 + 2 * nu / kappa**2
-    return _negative_power(f"matern(nu={nu:g}, kappa={kappa:g})", 1 / top, nu, top**-nu)
+    return _negative_power(f"matern(nu={nu:g}, kappa={kappa:g})", 1 / top, nu, top)
 
 
 @_remembered
@@ -239,13 +239,17 @@ def random_walk(p: int, a: float = 2.0) -> Series:
         radius=math.inf if even else a - 1,
         on_circle=True,
         degree=p // 2 if even else None,
-        function=lambda x: (1 + c * x) ** p,
+        function=lambda x: (a - 1 + x) ** p,
     )
 
 
 @_remembered
 def heat(t: float = 1.0) -> Series:
     r"""The heat (diffusion) kernel :math:`\exp(-t L)`, with :math:`L = I - W`.
+
+    The variance is finite for every t, but that of one walk grows as :math:`\exp(t / \sqrt{1 - p} - t)` with the
+    probability p of halting. For large t take p near 2 / t, or a product of short times
+    (:class:`geo.kernels.StitchedKernel`). Features reach :math:`\exp(t / 2)`: float32 ends near t = 170.
 
     Args:
         t: Time, positive.
@@ -271,7 +275,7 @@ def heat(t: float = 1.0) -> Series:
         lambda n: _by_ratio(n, lambda k: t / k),
         root,
         scale=math.exp(-t),
-        function=lambda x: (t * x).exp(),
+        function=lambda x: (t * (x - 1)).exp(),
     )
 
 
@@ -309,7 +313,7 @@ def inverse_cosine(c: float = math.pi / 4) -> Series:
         scale=math.sqrt(0.5),
         radius=math.pi / 4 / c,
         on_circle=True,
-        function=lambda x: (c * x).cos() + (c * x).sin(),
+        function=lambda x: (math.pi / 4 - c * x).cos(),
     )
 
 
@@ -357,7 +361,7 @@ def personalised_pagerank(a: float) -> Series:
     """
     if not 0 < a < 1:
         raise ValueError(f"a: expected a probability between 0 and 1, both excluded, got {a}")
-    return _negative_power(f"personalised_pagerank(a={a:g})", 1 - a, 1.0, a, "sym", "degree")
+    return _negative_power(f"personalised_pagerank(a={a:g})", 1 - a, 1.0, 1 / a, "sym", "degree")
 
 
 @_remembered
@@ -461,11 +465,11 @@ def _negative_power(
     name: str,
     c: float,
     d: float,
-    scale: float,
+    base: float,
     normalization: Literal["sym"] | None = "sym",
     conjugate: Literal["degree"] | None = None,
 ) -> Series:
-    """(I - c W)^-d: coefficients (d)_k / k! c^k, whose root has d / 2 for d."""
+    """(base (I - c W))^-d: coefficients (d)_k / k! c^k, whose root has d / 2 for d."""
 
     def root(n: int) -> tuple[Tensor, Tensor]:
         f = _by_ratio(n, lambda k: c * (d / 2 + k - 1) / k)
@@ -475,10 +479,10 @@ def _negative_power(
         name,
         lambda n: _by_ratio(n, lambda k: c * (d + k - 1) / k),
         root,
-        scale,
+        base**-d,
         normalization,
         1 / c,
-        function=lambda x: (1 - c * x) ** -d,
+        function=lambda x: (base * (1 - c * x)) ** -d,
         conjugate=conjugate,
     )
 

@@ -44,6 +44,11 @@ def make(series: Series | None = None, directed: bool = False, **options) -> GRF
     return GRFKernel(edge_index, series or heat(t=1.0), weight, **options)
 
 
+def ring(num_nodes: int) -> Tensor:
+    edges = torch.stack([torch.arange(num_nodes), (torch.arange(num_nodes) + 1) % num_nodes])
+    return torch.cat([edges, edges.flip(0)], dim=1)
+
+
 KINDS = {
     "two sets": {},
     "one set": {"two_sets": False},
@@ -287,8 +292,7 @@ def test_expected_cost():
     assert make(survival=[1.0, 1.0, 0.5]).expected_cost() == pytest.approx(6 * 2 * 3)
     assert make(max_length=2).expected_cost() == pytest.approx(6 * 2 * 1.75)
     assert make(max_length=0, survival=[1.0, 1.0, 0.5]).expected_cost() == pytest.approx(6 * 2)
-    ring = torch.stack([torch.arange(1000), (torch.arange(1000) + 1) % 1000])
-    kernel = GRFKernel(torch.cat([ring, ring.flip(0)], dim=1), heat(), num_walks=64, p_halt=0.3, generator=seeded())
+    kernel = GRFKernel(ring(1000), heat(), num_walks=64, p_halt=0.3, generator=seeded())
     found = kernel.with_modulation(torch.ones(1)).features()[0].value.sum()
     assert found == 1000
     assert "num_nodes=1000" in repr(kernel)
@@ -334,8 +338,7 @@ def test_oracle_10_options_that_are_refused():
         make().exact_variance()
     with pytest.raises(ValueError, match="exact_bias: needs coupling='iid'"):
         make(two_sets=False).exact_bias()
-    ring = torch.stack([torch.arange(301), (torch.arange(301) + 1) % 301])
-    large = GRFKernel(torch.cat([ring, ring.flip(0)], dim=1), heat(), coupling="iid", num_walks=1)
+    large = GRFKernel(ring(301), heat(), coupling="iid", num_walks=1)
     with pytest.raises(ValueError, match="exact_variance: for up to 300 nodes, got 301"):
         large.exact_variance()
     kernel = make()
@@ -393,7 +396,8 @@ def test_oracle_10_infinite_variance_warns(named_graph):
     with pytest.warns(UserWarning, match=r"with p_halt=0.76: take p_halt below 0.75, or cut the walks by max_length"):
         GRFKernel(edges, regularised_laplacian(s=1.0), p_halt=0.76, generator=seeded())
     GRFKernel(edges, regularised_laplacian(s=1.0), p_halt=0.76, max_length=9, generator=seeded())
-    GRFKernel(edges, random_walk(p=2), p_halt=0.99, generator=seeded())
+    GRFKernel(edges, random_walk(p=2), p_halt=0.99, num_walks=400, generator=seeded())
+    GRFKernel(torch.zeros(2, 0).long(), regularised_laplacian(s=10.0), num_nodes=3, generator=seeded())  # no walks
     GRFKernel(edges, inverse_cosine(), survival=[1.0, 0.5, 0.0], generator=seeded())
     # loads of a star of very different weights, by uniform steps and in proportion to the weights
     star = torch.stack([torch.zeros(20).long(), torch.arange(1, 21)])
@@ -401,6 +405,72 @@ def test_oracle_10_infinite_variance_warns(named_graph):
     with pytest.warns(UserWarning, match="or proposal='weight'"):
         GRFKernel(star, regularised_laplacian(s=1.0), weight, p_halt=0.6, generator=seeded())
     GRFKernel(star, regularised_laplacian(s=1.0), weight, p_halt=0.6, proposal="weight", generator=seeded())
+
+
+def test_oracle_10_infinite_variance_of_the_second_set():
+    """Walks against the edges of a directed graph meet other degrees: both directions decide."""
+    cycle, sources = torch.tensor([[0, 1, 2], [1, 2, 0]]), torch.arange(3, 33)
+    into = torch.stack([sources.repeat(3), torch.arange(3).repeat_interleave(30)])
+    edges = torch.cat([cycle, into], dim=1)
+    options = {"num_walks": 2, "coupling": "iid", "dtype": torch.float64, "generator": seeded()}
+    for edge_index in (edges, edges.flip(0)):
+        with pytest.warns(UserWarning, match=r"the variance of katz.* is infinite"):
+            kernel = GRFKernel(edge_index, katz(0.5), **options)
+        with pytest.raises(ValueError, match="their variance is infinite or nearly so"):
+            kernel.exact_variance()
+    for max_length in (2, 3):  # finite, and of a pair of nodes the same as of the pair the other way round
+        cut = {**options, "max_length": max_length, "num_walks": 4000}
+        found = [GRFKernel(edge_index, katz(0.5), **cut).exact_variance() for edge_index in (edges, edges.flip(0))]
+        assert_close(found[0], found[1].t())
+
+
+@pytest.mark.parametrize("t", [10.0, 20.0, 50.0])
+def test_large_errors_warn(t):
+    """Finite variances may be huge: the warning's number is below the exact one, by what a diagonal is below 1."""
+    options = {"coupling": "iid", "dtype": torch.float64, "generator": seeded()}
+    with pytest.warns(UserWarning, match=r"the error of heat\(t=\d+\) from 16 walks .*StitchedKernel") as caught:
+        kernel = GRFKernel(ring(20), heat(t), **options)
+    estimated = float(str(caught[0].message).split("estimated at ")[1].split(" times")[0])
+    exact = kernel.exact()
+    error = float(kernel.exact_variance().sum().sqrt() / torch.linalg.matrix_norm(exact))
+    assert 1 <= estimated <= error
+    assert error < 1.2 * estimated / float(exact.diag().mean())
+    remedied = GRFKernel(ring(20), heat(t), **options, p_halt=2 / t)  # no warning
+    assert float(remedied.exact_variance().sum().sqrt() / torch.linalg.matrix_norm(exact)) < 1
+    with pytest.warns(UserWarning, match="the error of heat"):
+        GRFKernel(ring(20), heat(1.0), **options).with_series(heat(t))
+    GRFKernel(ring(20), heat(1.0), **options).with_modulation(heat(t).modulation(90))  # one's own: no check
+
+
+def test_modulations_beyond_their_dtype_warn():
+    with pytest.warns(UserWarning, match="estimated at inf times the kernel"):
+        GRFKernel(ring(6), heat(t=300.0), p_halt=0.006, dtype=torch.float32, generator=seeded())
+
+
+@pytest.mark.filterwarnings("ignore:series. the error of heat")
+def test_exact_at_large_times():
+    for t in (720.0, 800.0, 5000.0):
+        assert_close(
+            GRFKernel(ring(20), heat(t), generator=seeded(), dtype=torch.float64, max_length=3).exact(),
+            torch.full((20, 20), 0.05, dtype=torch.float64),
+        )
+    one_way = ring(5)[:, :5]
+    with pytest.raises(ValueError, match="or its sum is beyond float64"):
+        GRFKernel(one_way, heat(t=800.0), generator=seeded(), max_length=3).exact()
+
+
+def test_two_modulations_of_equal_values_learn_apart():
+    kernel = make(two_sets=False)
+    f1, f2 = (heat().modulation(6).requires_grad_() for _ in range(2))
+    v = torch.randn(12, dtype=torch.float64)
+    phi1, phi2 = kernel.features((f1, f2))
+    slopes = torch.autograd.grad(phi1.matmul(phi2.t_matmul(v)).dot(v), (f1, f2))
+    assert_close(slopes[0], slopes[1])  # of a symmetric function
+    assert slopes[0].abs().min() > 0
+    phi1, phi2 = kernel.features((f1, f1))
+    assert phi1 is phi2
+    (both,) = torch.autograd.grad(phi1.matmul(phi2.t_matmul(v)).dot(v), f1)
+    assert_close(both, 2 * slopes[0])
 
 
 def test_spectral_radius_of_squares_is_that_of_the_rule(named_graph):

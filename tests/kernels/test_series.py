@@ -137,7 +137,16 @@ def test_function_is_the_series(row):
         assert row.startswith("custom")
         return
     powers = x.unsqueeze(1) ** torch.arange(400).double()
-    torch.testing.assert_close(series.function(x), powers @ series.alpha(400), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(series.function(x), series.scale * (powers @ series.alpha(400)), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("series", [heat(t=800.0), regularised_laplacian(s=3.0, d=400.0), matern(nu=500.0, kappa=30.0)])
+def test_function_at_large_parameters(series):
+    """Where the factor s is below, or the series above, what float64 holds."""
+    x = torch.linspace(-1, 1, 9, dtype=torch.float64)
+    assert series.function(x).isfinite().all()
+    assert (series.function(x).diff() >= 0).all()
+    assert series.function(x[-1:]) == pytest.approx((2 * 500.0 / 900) ** -500.0 if "matern" in series.name else 1)
 
 
 def test_table_of_the_inverse_cosine():
