@@ -13,6 +13,7 @@ from torch_geometric.data import Batch, Data
 from torch_geometric.transforms import BaseTransform
 
 from geo.kernels import Series, SparseFeatures, features_of, normalized_adjacency
+from geo.kernels.walk_matrix import spectral_radius, step_squares
 from geo.ops import WalkDeposits, grf_walks
 from geo.ops.random_walk import philox
 
@@ -28,12 +29,17 @@ class AddGRF(BaseTransform):  # type: ignore[misc]
     .. math::
         \Phi = \sqrt s \sum_l f_l \, M_l, \qquad \mathbb E[\Phi_i \cdot \Phi_j] = K_{ij} \quad (i \neq j)
 
-    estimate a kernel K on the graph, from what walks of length l deposit (:math:`M_l`). With ``dim`` they are
+    estimate a kernel K on an undirected graph, from what walks of length l deposit (:math:`M_l`). With ``dim`` they are
     projected, :math:`\Phi J` with Gaussian J of variance 1 / ``dim``, which keeps the dot products in the mean.
 
     Random numbers are functions of (seed, node, walk, step), with the node's number in its graph, so that neither
     batches nor the other graphs of a dataset change them. J has the same rows for the first node of every graph, for
-    the second, and so on. On directed graphs walks follow the edges from row 0 to row 1.
+    the second, and so on.
+
+    On directed graphs walks follow the edges from row 0 to row 1, and the dot products estimate
+    :math:`s F(W) F(W)^\top` with :math:`F(W) = \sum_l f_l W^l`, which is not K. There a second set, drawn on the
+    flipped graph (``edge_index.flip(0)``) with another ``first_walk``, has
+    :math:`\mathbb E[\Phi_1 \Phi_2^\top] = K`.
 
     Args:
         num_walks: Walks from each node. (default: ``16``)
@@ -45,8 +51,8 @@ class AddGRF(BaseTransform):  # type: ignore[misc]
         coupling: As of :func:`geo.ops.grf_walks`. (default: ``'antithetic+repelling'``)
         proposal: As of :func:`geo.ops.grf_walks`. (default: ``'uniform'``)
         max_length: Cuts longer walks. (default: ``None``)
-        first_walk: Number of the first walk: 16 gives a second set, independent of the 16 walks from 0.
-            (default: ``0``)
+        first_walk: Number of the first walk: 16 gives a second set, independent of the 16 walks from 0; on directed
+            graphs draw it on the flipped graph. (default: ``0``)
         seed: An integer. (default: ``0``)
         weight_name: Attribute with the edge weights; where it is absent, and for None, they are 1.
             (default: ``'edge_weight'``)
@@ -131,7 +137,10 @@ class AddGRF(BaseTransform):  # type: ignore[misc]
     def forward(self, data: Data) -> Data:
         """Adds the features."""
         edge_index, weight, num_nodes = _graph(data, self.weight_name)
-        deposits = self._walk(*normalized_adjacency(edge_index, weight, num_nodes, dtype=self.dtype))
+        matrix = normalized_adjacency(edge_index, weight, num_nodes, dtype=self.dtype)
+        if weight is not None or matrix[1].size(0) != edge_index.size(1):
+            self._check_variance(matrix)
+        deposits = self._walk(*matrix)
         name = self.attr_name
         if self.series is None:
             ptr, data[f"{name}_index"], length, data[f"{name}_value"] = deposits
@@ -145,6 +154,23 @@ class AddGRF(BaseTransform):  # type: ignore[misc]
         else:
             data[name] = phi.matmul(self._projection(num_nodes, self.dim, phi.value))
         return data
+
+    def _check_variance(self, matrix: tuple[Tensor, Tensor, Tensor]) -> None:
+        """Warns of a weighted graph on which the features have infinite variance; of others the constructor does."""
+        series = self.series
+        if series is None or self.max_length is not None or math.isinf(series.radius):
+            return
+        squares = spectral_radius(*matrix[:2], step_squares(matrix, self.proposal))
+        limit = 1 - squares / series.radius**2  # the square of a load has the mean of (squares / (1 - p_halt))^length
+        if squares <= 1 + 1e-6 or self.p_halt < limit - 1e-9:
+            return
+        remedy = f"take p_halt below {limit:.3g}" if limit > 1e-6 else "no p_halt helps: take a series of shorter range"
+        also = ", or proposal='weight'" if self.proposal == "uniform" else ""
+        warnings.warn(
+            f"series is {series.name}, whose features have infinite variance with p_halt={self.p_halt} on a graph with "
+            f"such edge weights: {remedy}{also}, or cut the walks by max_length, which is a bias",
+            stacklevel=4,
+        )
 
     def _projection(self, num_nodes: int, dim: int, like: Tensor) -> Tensor:
         """[num_nodes, dim], Gaussian with variance 1 / dim, by Box and Muller."""

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import math
+import pickle
+import warnings
 
 import pytest
 import torch
@@ -87,6 +89,27 @@ def test_the_encoding_keeps_dot_products():
     assert (torch.corrcoef(normal.view(-1, 4).t()) - torch.eye(4)).abs().max() < 0.04
 
 
+def test_the_projection_is_independent_of_the_walks():
+    """Neither the end of a walk nor its direction is told by the numbers of its node, walk 0 to 3 and step 0."""
+    n = 4096
+    ring = torch.arange(n)
+    edges = torch.stack((ring, (ring + 1) % n))
+    data = Data(edge_index=torch.cat((edges, edges.flip(0)), 1), num_nodes=n)
+    normal = AddGRF(4, heat(1.0), dim=16)._projection(n, 16, torch.zeros((), dtype=torch.float64)).view(n, 4, 4)
+    radii, angles = (f(normal[..., 0::2], normal[..., 1::2]) for f in (torch.hypot, torch.atan2))
+    numbers = torch.cat((normal, radii, angles, angles.abs()), 2).flatten(1)
+    for k in range(4):
+        deposits = read_grf(AddGRF(1, p_halt=0.5, coupling="iid", max_length=1, first_walk=k)(data))
+        row = torch.repeat_interleave(ring, deposits.ptr.diff())
+        step = deposits.length == 1
+        goes, right = torch.zeros(2, n, dtype=torch.float64)
+        goes[row[step]] = 1
+        right[row[step]] = torch.where((deposits.col - row)[step] % n == 1, 1.0, -1.0).double()
+        for told in (goes, right):
+            correlation = torch.corrcoef(torch.cat((told.unsqueeze(0), numbers.t())))[0, 1:]
+            assert correlation.abs().max() < 5 / math.sqrt(n)
+
+
 @pytest.mark.parametrize("dim", [1, 3, 4, 5])
 def test_every_width(dim):
     data = AddGRF(4, heat(1.0), dim=dim)(graph())
@@ -128,6 +151,20 @@ def test_directed_walks_follow_the_edges():
     data = Data(edge_index=torch.tensor([[0, 1], [1, 2]]), num_nodes=3)
     phi = read_grf(AddGRF(64, heat(1.0))(data)).to_dense()
     assert phi.gt(0).tolist() == [[True, True, True], [False, True, True], [False, False, True]]
+
+
+def test_dot_products_on_directed_graphs():
+    """One set estimates F(W) F(W)^T; with a second one on the flipped graph there is the kernel."""
+    data, series = Data(edge_index=torch.tensor([[0, 1, 2, 0], [1, 2, 3, 2]]), num_nodes=4), heat(1.0)
+    flipped = Data(edge_index=data.edge_index.flip(0), num_nodes=4)
+    first = read_grf(AddGRF(1 << 14, series)(data)).to_dense()
+    second = read_grf(AddGRF(1 << 14, series, first_walk=1 << 14)(flipped)).to_dense()
+    kernel = GRFKernel(data.edge_index, series, num_nodes=4)
+    assert (first @ second.t() - kernel.exact()).abs().max() < 0.01
+    matrix = SparseFeatures(*normalized_adjacency(data.edge_index, None, 4), 4).to_dense()
+    root = torch.matrix_exp(matrix / 2)
+    assert (first @ first.t() - math.exp(-1) * root @ root.t()).abs().max() < 0.01
+    assert (first @ first.t() - kernel.exact()).abs().max() > 0.1
 
 
 def test_a_permutation_changes_the_draw_but_not_its_mean():
@@ -178,6 +215,18 @@ def test_a_loader():
     assert batch.pe.shape == (31, 3)
 
 
+@pytest.mark.parametrize("series", [heat(1.0), regularised_laplacian(0.5, 2.0), None])
+def test_goes_to_the_workers_of_a_loader(series):
+    """Which are sent the transform as bytes."""
+    transform = Compose([AddGRF(4, series, p_halt=0.3, dtype=torch.float64)])
+    copy = pickle.loads(pickle.dumps(transform))  # noqa: S301, our own bytes
+    for data in graphs():
+        expected, out = transform(data), copy(data)
+        for name in expected.keys():  # noqa: SIM118
+            assert torch.equal(out[name], expected[name])
+    assert repr(copy) == repr(transform)
+
+
 def test_beside_tokens_of_walks():
     tokens = AddWalkTokens(walk_length=2, seed=1)
     batch = Batch.from_data_list([AddGRF(4, heat(1.0))(tokens(data)) for data in graphs()])
@@ -226,6 +275,27 @@ def test_infinite_variance_warns():
         AddGRF(series=regularised_laplacian(2.0))
     AddGRF(series=regularised_laplacian(2.0), p_halt=0.3)
     AddGRF(series=regularised_laplacian(2.0), max_length=8)
+
+
+def test_infinite_variance_of_edge_weights_warns():
+    """One heavy edge among many at each end: half of its square comes by a step in twenty."""
+    star = torch.cat((torch.zeros(1, 21), torch.arange(1, 22).unsqueeze(0))).long()
+    data = Data(edge_index=torch.cat((star, star.flip(0)), 1), num_nodes=22)
+    series = regularised_laplacian(1.0)
+    options = {"num_walks": 4, "p_halt": 0.5}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        AddGRF(series=series, **options)(data)
+        data.edge_weight = torch.tensor([100.0] + [1.0] * 20).repeat(2)
+        AddGRF(series=heat(1.0), **options)(data)
+        AddGRF(series=series, proposal="weight", **options)(data)
+        AddGRF(series=series, max_length=4, **options)(data)
+        AddGRF(**options)(data)
+    with pytest.warns(UserWarning, match=r"infinite variance with p_halt=0\.5 on a graph with such edge weights: .*pr"):
+        AddGRF(series=series, **options)(data)
+    repeated = Data(edge_index=data.edge_index.repeat_interleave(data.edge_weight.long(), 1), num_nodes=22)
+    with pytest.warns(UserWarning, match="on a graph with such edge weights"):
+        AddGRF(series=series, **options)(repeated)
 
 
 def test_refused_data():
