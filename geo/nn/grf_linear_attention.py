@@ -285,6 +285,12 @@ class GRFLinearAttention(nn.Module):
             FeatureMap(item, num_nodes, f.size(0)) if isinstance(item, WalkDeposits) else item
             for item in (walks if walks[1] is not walks[0] else walks[:1])
         ]
+        for item in maps:
+            if isinstance(item, FeatureMap) and item.num_lengths != f.size(0):
+                raise ValueError(
+                    f"walks are kept up to length {item.num_lengths - 1}, but the modulation has max_length "
+                    f"{f.size(0) - 1}: give deposits in their place, or sample by a layer with this max_length"
+                )
         psi = [item(f) if isinstance(item, FeatureMap) else item for item in maps]
         for features in psi:
             if features.shape != (num_nodes, num_nodes):

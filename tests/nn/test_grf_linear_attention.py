@@ -469,6 +469,11 @@ def test_refusals():
     walks = grf_walks(*normalized_adjacency(data.edge_index, None, 10), num_walks=2, seed=0)
     with pytest.raises(ValueError, match="walks must be both sets of walks"):
         layer(data.x, data.edge_index, walks=walks)
+    longer = GRFLinearAttention(C, modulation=LearnableModulation(9, "heat")).sample(data.edge_index, 10)
+    with pytest.raises(
+        ValueError, match=r"walks are kept up to length 9, but the modulation has max_length 8: give dep"
+    ):
+        layer(data.x, data.edge_index, walks=longer)
     negative = LearnableModulation(4, init=inverse_cosine(0.5))
     free = GRFLinearAttention(C, modulation=negative, normalize=False).double()
     assert free(data.x, data.edge_index, None, -data.edge_weight).shape == (10, C)
