@@ -426,9 +426,12 @@ class GraphGP(nn.Module):
         self.iterations = solution.diagonal.size(0)
         worst = float(solution.residual.max()) if solution.residual.numel() else 0.0
         if not worst <= 2 * self.tol:
+            remedy = "raise noise or tol, or max_iter"
+            if self.iterations < self.max_iter:
+                remedy = "float64 has no more digits for this condition number, raise noise or tol"
             warnings.warn(
                 f"conjugate gradients stopped after {self.iterations} iterations at a relative residual of {worst:.1e} "
-                f"(tol is {self.tol:.1e}): raise noise or tol, or max_iter",
+                f"(tol is {self.tol:.1e}): {remedy}",
                 RuntimeWarning,
                 stacklevel=3,
             )
