@@ -97,15 +97,22 @@ def sample_partitioned(
     if not dist.is_initialized():
         raise ValueError("group: expected a process group, got none: call torch.distributed.init_process_group first")
     rank, size = dist.get_rank(group), dist.get_world_size(group)
-    law = checked_law(num_walks, seed, p_halt, survival, coupling, "rendezvous", first_walk, max_length)
-    shared = (law, max_length, weight.dtype, owner is None, node_key is None)
-    mine = torch.tensor([rowptr.size(0) - 1, zlib.crc32(repr(shared).encode())], device=rowptr.device)
+    refused: ValueError | None = None
+    try:
+        law = checked_law(num_walks, seed, p_halt, survival, coupling, "rendezvous", first_walk, max_length)
+        shared = (law, max_length, weight.dtype, *(_fingerprint(numbers) for numbers in (owner, node_key)))
+        setting = zlib.crc32(repr(shared).encode())
+    except ValueError as error:
+        refused, setting = error, -1  # raised when the others know: they wait for this process
+    mine = torch.tensor([rowptr.size(0) - 1, setting], device=rowptr.device)
     counts, settings = _gather(mine, size, group).unbind(1)
+    if refused is not None:
+        raise refused
     if bool((settings != settings[0]).any()):
         other = int((settings != settings[0]).nonzero()[0])
         raise ValueError(
-            "seed, num_walks, p_halt, survival, coupling, first_walk, max_length, dtype of weight, presence of owner "
-            f"and node_key: expected the same on all processes, but process {other} differs from process 0"
+            "seed, num_walks, p_halt, survival, coupling, first_walk, max_length, dtype of weight, owner and "
+            f"node_key: expected the same on all processes, but process {other} differs from process 0"
         )
     place = _Placement(owner, ptr_of(counts))
     part = _walks_of(rank, place, (rowptr, col, weight), node_key, law, max_length)
@@ -116,7 +123,7 @@ def sample_partitioned(
         except StopIteration as end:
             result: tuple[WalkDeposits, Traffic] = end.value
             return result
-        except (IndexError, ValueError):
+        except (IndexError, MemoryError, RuntimeError, ValueError):
             _gather(counts.new_full((size,), -1), size, group)  # the others are waiting for a number of letters
             raise
         inbox = _exchange(letters, target, rank, size, group)
@@ -317,6 +324,10 @@ def _letters(*columns: Tensor) -> Tensor:
 
 def _load_of(letters: Tensor, like: Tensor) -> Tensor:
     return letters[:, -1].contiguous().view(torch.float64).to(like.dtype)
+
+
+def _fingerprint(numbers: Tensor | None) -> int | None:
+    return None if numbers is None else zlib.crc32(numbers.cpu().numpy().tobytes())
 
 
 def _gather(mine: Tensor, size: int, group: dist.ProcessGroup | None) -> Tensor:

@@ -50,6 +50,8 @@ def main() -> None:
             said = [
                 refused(**{**rows, "seed": rank}),
                 refused(**{**rows, "col": rows["col"] + num_nodes * (rank == size - 1)}),
+                refused(**{**rows, "num_walks": 4 + (rank == size - 1)}),
+                refused(**{**rows, "node_key": torch.arange(num_nodes, device=device) + 7 * rank}),
             ]
             np.savez(
                 f"{folder}/{name}_{size}_{rank}.npz",

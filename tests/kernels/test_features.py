@@ -5,8 +5,10 @@ from typing import NamedTuple
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from geo.kernels import FeatureMap, SparseFeatures, features_of, normalized_adjacency, tail_mass
+from geo.kernels.ragged import row_sums
 from geo.testing import check_derivatives
 
 
@@ -158,6 +160,45 @@ def test_normalized_adjacency():
     assert normalized_adjacency(edge_index, weight.long(), dtype=torch.float64)[2].dtype == torch.float64
     assert [t.tolist() for t in normalized_adjacency(torch.zeros(2, 0).long())] == [[0], [], []]
     assert [t.tolist() for t in normalized_adjacency(torch.zeros(2, 0).long(), num_nodes=2)] == [[0, 0, 0], [], []]
+
+
+class Names(TorchDispatchMode):
+    """The names of all ATen operations on floating numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: set[str] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if args and isinstance(args[0], Tensor) and args[0].is_floating_point():
+            self.found.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_sums_have_a_fixed_order():
+    """No operation that adds by atomics on a GPU, forward or backward (index_put, which accumulates, sorts there)."""
+    edge_index = torch.randint(9, (2, 40))
+    weight, f = torch.rand(40, requires_grad=True), torch.rand(4, dtype=torch.float64, requires_grad=True)
+    walks, _ = deposits()
+    with Names() as names:
+        rowptr, _, value = normalized_adjacency(edge_index, weight, 9)
+        row_sums(rowptr, value.detach())
+        phi = features_of(walks, f, 5)
+        out = phi.matmul(torch.ones(5).double()).sum() + phi.t_matmul(torch.ones(4, 2).double()).square().sum()
+        slopes = torch.autograd.grad(out + phi.to_dense().square().sum() + value.square().sum(), (weight, f))
+    assert len(slopes) == 2
+    assert "mul" in names.found
+    assert not names.found & {"index_add", "index_add_", "scatter_add", "scatter_add_", "scatter_reduce"}
+
+
+@pytest.mark.cuda
+def test_same_bits_on_every_run():
+    """Without the deterministic algorithms of PyTorch, which the tests switch on elsewhere."""
+    edge_index, weight = torch.randint(50, (2, 20000)).cuda(), torch.rand(20000).cuda()
+    torch.use_deterministic_algorithms(False)
+    found = [normalized_adjacency(edge_index, weight, 50, dtype=torch.float64)[2] for _ in range(20)]
+    for again in found[1:]:
+        assert torch.equal(again, found[0])
 
 
 def test_symmetric_to_the_last_place():

@@ -43,7 +43,7 @@ LAWS = {
 
 @pytest.mark.parametrize("law", LAWS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_parts_1_equal_2_equal_5(law, dtype, device):
+def test_oracle_8_parts_1_equal_2_equal_5(law, dtype, device):
     rows = [t.to(device) for t in graph(dtype=dtype)]
     options = {"coupling": "antithetic", **LAWS[law], "seed": SEED}
     whole = grf_walks(*rows, **options, choice="rendezvous")
@@ -69,7 +69,7 @@ def test_small_graphs(num_nodes, device):
         assert_same(PartitionedSampler(parts).sample(*rows, num_walks=2, seed=0), whole)
 
 
-def test_threads():
+def test_oracle_8_threads():
     """The same bits on one thread and on two."""
     rows, found, before = graph(500), [], torch.get_num_threads()
     try:
@@ -135,15 +135,19 @@ def torchrun(tmp_path: Path, processes: int, sizes: tuple[int, ...], device: str
                     for key in ("col", "length", "value"):
                         assert (found[key] == getattr(whole, key).numpy()[entries]).all()
                     assert Traffic(*found["traffic"]) == sampler.traffic[rank]
-                    seeds, columns = found["said"]
+                    seeds, columns, walks, keys = found["said"]
                     assert seeds.startswith("ValueError: seed, num_walks" if size > 1 else "accepted")
                     last = rank == size - 1
                     assert columns.startswith("IndexError" if last else "RuntimeError: sample_partitioned: process")
+                    assert walks.startswith(
+                        "ValueError: num_walks: coupling" if last else "ValueError: seed, num_walks"
+                    )
+                    assert keys[:14] == seeds[:14]
                     seen += nodes.tolist()
             assert sorted(seen) == list(range(120))
 
 
-def test_processes_1_equal_2_equal_4(tmp_path):
+def test_oracle_8_processes_1_equal_2_equal_4(tmp_path):
     """Four real processes, and groups of the first one and the first two of them."""
     torchrun(tmp_path, 4, (1, 2, 4))
 

@@ -97,8 +97,8 @@ LAWS = {
 @pytest.mark.parametrize("law", LAWS)
 @pytest.mark.parametrize("normalization", ["sym", None])
 @pytest.mark.parametrize("directed", [False, True])
-def test_streaming_equals_sampling_anew(law, normalization, directed, device):
-    """The spec's oracle 8: bit for bit, over a long story of all kinds of changes."""
+def test_oracle_8_streaming_equals_sampling_anew(law, normalization, directed, device):
+    """Bit for bit, over a long story of all kinds of changes."""
     options, model = LAWS[law], Model(40, directed=directed, seed=3)
     edge_index, weight = (t.to(device) for t in model.edges)
     walks = StreamingWalks(
@@ -244,7 +244,7 @@ def test_repeated_edges_and_whole_weights():
     assert walks.deposits.value.dtype == torch.float32
 
 
-def test_threads():
+def test_oracle_8_threads():
     """The same bits on one thread and on two."""
     model, found = Model(300, seed=6), []
     removed = model.pick(model.present, 20)
