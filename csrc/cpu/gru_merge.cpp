@@ -40,11 +40,17 @@ struct Job {
     job.right = index_data(in.right);
     job.x = read<T>(in.x);
     const T *w = read<T>(in.weight), *b = read<T>(in.bias);
-    T* to = make(weight, 6 * wide * F);
+    T *to = make(weight, 6 * wide * F), *mixed = make(back, 6 * F * wide);
     for (int64_t k = 0; k < 6; ++k)
-      for (int64_t f = 0; f < F; ++f)
-        for (int64_t d = 0; d < F; ++d) to[((f / L * F + d) * 6 + k) * L + f % L] = w[(k * F + f) * F + d];
+      for (int64_t f = 0; f < F; ++f) {
+        T* row = mixed + (k * F + f) * wide;
+        mix(w + (k % 2 * F + f) * F, w + ((3 + k % 2) * F + f) * F, k < 2 ? T(0.5) : T(-0.5), row);
+        if (k >= 4) std::copy_n(w + ((k == 4 ? 2 : 5) * F + f) * F, F, row);
+        T* at = to + (f / L * 6 + (k < 4 ? 0 : 4)) * F * L + k % 4 * L + f % L;
+        for (int64_t d = 0, step = (k < 4 ? 4 : 2) * L; d < F; ++d) at[d * step] = row[d];
+      }
     job.weight = to;
+    job.back = mixed;
     job.bias = to = make(bias, 4 * wide);
     for (int64_t f = 0; f < F; ++f) {
       T* at = to + f / L * 4 * L + f % L;
@@ -55,13 +61,9 @@ struct Job {
     }
   }
 
-  void need_sides(const Tensor& sides) {
-    job.sides = write<T>(sides);
-    job.back = read<T>(in.weight);
-    if (wide == F) return;
-    T* to = make(back, 6 * F * wide);
-    for (int64_t r = 0; r < 6 * F; ++r) std::copy_n(read<T>(in.weight) + r * F, F, to + r * wide);
-    job.back = to;
+  // to = one / 2 + half other, F numbers
+  void mix(const T* one, const T* other, T half, T* to) const {
+    for (int64_t i = 0; i < F; ++i) to[i] = one[i] * T(0.5) + other[i] * half;
   }
 
   // Memory from a multiple of 64 bytes on, all 0.
@@ -116,7 +118,7 @@ std::tuple<Tensor, Tensor, Tensor> gru_merge_backward_cpu(const Tensor& grad_, c
     Job<T> job(in);
     const int64_t F = job.F, wide = job.wide;
     job.job.grad = read<T>(grad);
-    if (need_x) job.need_sides(sides);
+    if (need_x) job.job.sides = write<T>(sides);
     const int64_t panels = (in.pairs + kMergePairs - 1) / kMergePairs;
     const int64_t parts = std::clamp<int64_t>(in.pairs / kPartPairs, 1, kMostParts);
     const int64_t size = ((6 * F + 4) * wide + 15) / 16 * 16;
@@ -132,7 +134,15 @@ std::tuple<Tensor, Tensor, Tensor> gru_merge_backward_cpu(const Tensor& grad_, c
     });
     for (int64_t part = 1; part < parts; ++part)
       for (int64_t i = 0; i < size; ++i) sums[i] += sums[part * size + i];
-    for (int64_t r = 0; r < 6 * F; ++r) std::copy_n(sums + r * wide, F, write<T>(dweight) + r * F);
+    const auto row = [&](int64_t k, int64_t f) { return sums + (k * F + f) * wide; };
+    for (int64_t k = 0; k < 6; ++k)
+      for (int64_t f = 0; f < F; ++f) {
+        T* to = write<T>(dweight) + (k * F + f) * F;
+        if (k % 3 == 2)
+          std::copy_n(row(k == 2 ? 4 : 5, f), F, to);
+        else
+          job.mix(row(k % 3, f), row(k % 3 + 2, f), k < 3 ? T(0.5) : T(-0.5), to);
+      }
     for (int64_t k = 0; k < 6; ++k)
       std::copy_n(sums + 6 * F * wide + (k == 5 ? 3 : k % 3) * wide, F, write<T>(dbias) + k * F);
   });

@@ -3,6 +3,10 @@
 //
 // Pairs are taken in panels, with features along the lanes. Rows of features are filled up to whole vectors ("wide"), the
 // weights with zeros.
+//
+// The gates r and z of both ways of a pair (a, b) need W a + U b and W b + U a, which are the sum and the difference of
+// (W + U) / 2 (a + b) and (W - U) / 2 (a - b): half the products. So the six matrices here, in this order, are those two of
+// r and z, (W_r + U_r) / 2, (W_z + U_z) / 2, (W_r - U_r) / 2, (W_z - U_z) / 2, and W_n and U_n.
 #include <stdint.h>
 
 #include "simd_level.h"
@@ -15,12 +19,12 @@ struct GRUMergeJob {
   int64_t features, wide, rows;
   const int64_t *left, *right;
   const void* x;       // [R, F]
-  const void* weight;  // [wide / lanes, F, 6, lanes]: of each vector of outputs, as the kernels walk along the inputs
+  const void* weight;  // of each vector of outputs [F, 4, lanes] and [F, 2, lanes], the first four matrices and the others
   const void* bias;    // [wide / lanes, 4, lanes]: of r and z both, of n the input's and the state's
   void* out;           // [P, F]
   // of the gradient
   const void* grad;  // [P, F]
-  const void* back;  // [6 F, wide], the weight
+  const void* back;  // [6 F, wide], the matrices
   void* sides;       // [2 P, F], the gradients of the left rows and of the right ones, or null
   int64_t pairs;
 };
@@ -33,8 +37,8 @@ struct MergeOutcome {
 
 struct GRUMergeTable {
   int64_t lanes;
-  // How many numbers: of `scratch`, and of `sums`, [6 F, wide] and [4, wide], which are the gradients of the weight and,
-  // as above, of the bias. Both are aligned to 64 bytes; sums are added to.
+  // How many numbers: of `scratch`, and of `sums`, [6 F, wide] and [4, wide], the gradients of the matrices and of the
+  // biases. Both are aligned to 64 bytes; sums are added to.
   int64_t (*scratch)(const GRUMergeJob&, bool backward);
   MergeOutcome (*forward)(const GRUMergeJob&, int64_t begin, int64_t end, void* scratch);
   MergeOutcome (*backward)(const GRUMergeJob&, int64_t begin, int64_t end, void* scratch, void* sums);

@@ -1,5 +1,5 @@
-// Leaf of gru_merge: panels of pairs whose rows are gathered once. Of some rows and one vector of features, all four sums
-// of the gates stay in registers along the depth of the products, and the gates follow from them there.
+// Leaf of gru_merge: panels of pairs whose rows are gathered once. Of some pairs and one vector of features, four sums at a
+// time stay in registers along the depth of the products, and the gates follow from them there.
 #include "../gru_merge_table.h"
 
 #include "../../gru_merge.h"
@@ -10,38 +10,27 @@ namespace geo {
 namespace GEO_SIMD_NAMESPACE {
 namespace {
 
-constexpr int kTile = 6;                             // rows of a tile of products
-constexpr int kRows = kRegisters == 32 ? 6 : 3;      // and of gates
+constexpr int kTile = 6;                         // rows of a tile of products
+constexpr int kRows = kRegisters == 32 ? 6 : 3;  // pairs of a tile of gates
 static_assert(kMergePairs % kTile == 0 && kTile % kRows == 0);
 
-// finish(row, gates of that row) for kRows cells and one vector of features.
-template <class T, class F>
-GEO_INLINE void for_gates(const T* input, const T* state, int64_t pitch, int64_t depth, const T* weight, const T* bias,
-                          F&& finish) {
+// sum[i] += x[i] @ (w0, w1) and y[i] @ (w2, w3), where kSame holds (w0, w1) again
+template <bool kSame, class T>
+GEO_INLINE void add_columns(typename vec<T>::type (&sum)[kRows][4], const T* x, const T* y, int64_t pitch, int64_t depth,
+                            const T* weight) {
   using V = typename vec<T>::type;
-  constexpr int64_t L = vec<T>::lanes;
-  V sum[kRows][4];
-  GEO_UNROLL(4) for (int k = 0; k < 4; ++k) {
-    const V start = load(bias + k * L);
-    GEO_UNROLL(6) for (int i = 0; i < kRows; ++i) sum[i][k] = start;
-  }
-  GEO_UNROLL(1) for (int64_t d = 0; d < depth; ++d, weight += 6 * L) {
-    V w[3];
-    GEO_UNROLL(3) for (int k = 0; k < 3; ++k) w[k] = load(weight + k * L);
+  constexpr int64_t L = vec<T>::lanes, kColumns = kSame ? 2 : 4;
+  GEO_UNROLL(1) for (int64_t d = 0; d < depth; ++d, weight += kColumns * L) {
+    V w[4];
+    GEO_UNROLL(4) for (int k = 0; k < 4; ++k) w[k] = load(weight + k % kColumns * L);
     GEO_UNROLL(6) for (int i = 0; i < kRows; ++i) {
-      const T scale = input[i * pitch + d];
-      GEO_UNROLL(3) for (int k = 0; k < 3; ++k) sum[i][k] += scale * w[k];
-    }
-    GEO_UNROLL(3) for (int k = 0; k < 3; ++k) w[k] = load(weight + (3 + k) * L);
-    GEO_UNROLL(6) for (int i = 0; i < kRows; ++i) {
-      const T scale = state[i * pitch + d];
-      sum[i][0] += scale * w[0];
-      sum[i][1] += scale * w[1];
-      sum[i][3] += scale * w[2];
+      const T left = x[i * pitch + d], right = y[i * pitch + d];
+      sum[i][0] += left * w[0];
+      sum[i][1] += left * w[1];
+      sum[i][2] += right * w[2];
+      sum[i][3] += right * w[3];
     }
   }
-  GEO_UNROLL(6) for (int i = 0; i < kRows; ++i)
-    finish(i, gru_gates<T>(sum[i][0], sum[i][1], sum[i][2], sum[i][3]));
 }
 
 // y[r] += x[r] @ weight for `rows` rows, filled up to whole tiles.
@@ -69,8 +58,7 @@ void add_product(const T* x, int64_t x_pitch, int64_t depth, const T* weight, T*
   }
 }
 
-// Rows of a panel: `full` left ones, as many right ones, and the left ones again. Row c is the input of cell c, row
-// full + c its state: there are 2 full cells, both ways of each pair.
+// Rows of a panel, `full` of each: a + b, a - b, a and b of its pairs (a, b).
 template <class T>
 struct Panels {
   using V = typename vec<T>::type;
@@ -80,15 +68,17 @@ struct Panels {
   T *const rows, *const grads, *const row_grads, *const gates;
   int64_t first = 0, count = 0, full = 0;
 
-  static int64_t pitch_of_gates(const GRUMergeJob& job) { return 4 * job.wide + L; }  // rows in different sets of the cache
+  static int64_t pitch_of_gates(const GRUMergeJob& job) { return 2 * job.wide + L; }  // rows in different sets of the cache
   static int64_t numbers(const GRUMergeJob& job, bool backward) {
-    return kMergePairs * (backward ? 6 * job.wide + 2 * pitch_of_gates(job) : 3 * job.wide);
+    return kMergePairs * (backward ? 9 * job.wide + 4 * pitch_of_gates(job) : 4 * job.wide);
   }
 
   Panels(const GRUMergeJob& j, void* scratch)
       : job(j), features(j.features), wide(j.wide), gates_pitch(pitch_of_gates(j)), rows(static_cast<T*>(scratch)),
-        grads(rows + 3 * kMergePairs * wide), row_grads(grads + kMergePairs * wide),
-        gates(row_grads + 2 * kMergePairs * wide) {}
+        grads(rows + 4 * kMergePairs * wide), row_grads(grads + kMergePairs * wide),
+        gates(row_grads + 4 * kMergePairs * wide) {}
+
+  T* block(T* of, int64_t k) const { return of + k * full * wide; }
 
   void fill(T* to, const T* from) const {
     memcpy(to, from, sizeof(T) * features);
@@ -99,113 +89,142 @@ struct Panels {
     first = begin;
     count = end - begin < kMergePairs ? end - begin : kMergePairs;
     full = (count + kTile - 1) / kTile * kTile;
-    for (int64_t side = 0; side < 2; ++side) {
+    for (int side = 0; side < 2; ++side) {
       const int64_t* index = (side ? job.right : job.left) + first;
+      T* to = block(rows, 2 + side);
       for (int64_t p = 0; p < count; ++p) {
-        if (uint64_t(index[p]) >= uint64_t(job.rows)) return {int(side), first + p};
-        fill(rows + (side * full + p) * wide, static_cast<const T*>(job.x) + index[p] * features);
+        if (uint64_t(index[p]) >= uint64_t(job.rows)) return {side, first + p};
+        fill(to + p * wide, static_cast<const T*>(job.x) + index[p] * features);
       }
-      memset(rows + (side * full + count) * wide, 0, sizeof(T) * wide * (full - count));
+      memset(to + count * wide, 0, sizeof(T) * wide * (full - count));
     }
-    memcpy(rows + 2 * full * wide, rows, sizeof(T) * wide * full);
+    for (int64_t i = 0; i < full * wide; i += L) {
+      const V a = load(block(rows, 2) + i), b = load(block(rows, 3) + i);
+      store(rows + i, a + b);
+      store(block(rows, 1) + i, a - b);
+    }
     return {-1, 0};
   }
 
+  // finish(pair, gates with a as input, gates with b as input) for kRows pairs and one vector of features.
   template <class F>
-  GEO_INLINED void gates_of(int64_t cell, int64_t f, F&& finish) const {
-    for_gates(rows + cell * wide, rows + (full + cell) * wide, wide, features,
-              static_cast<const T*>(job.weight) + f * features * 6, static_cast<const T*>(job.bias) + f * 4, finish);
+  GEO_INLINED void for_gates(int64_t pair, int64_t f, F&& finish) const {
+    const T *x = rows + pair * wide, *weight = static_cast<const T*>(job.weight) + f * features * 6;
+    const T* bias = static_cast<const T*>(job.bias) + f * 4;
+    V both[kRows][4], news[kRows][4];
+    GEO_UNROLL(6) for (int i = 0; i < kRows; ++i) {
+      both[i][0] = load(bias);
+      both[i][1] = load(bias + L);
+      both[i][2] = both[i][3] = V{};
+    }
+    add_columns<false>(both, x, ahead(x, 1), wide, features, weight);
+    GEO_UNROLL(6) for (int i = 0; i < kRows; ++i) {
+      news[i][0] = news[i][2] = load(bias + 2 * L);
+      news[i][1] = news[i][3] = load(bias + 3 * L);
+    }
+    add_columns<true>(news, ahead(x, 2), ahead(x, 3), wide, features, weight + 4 * features * L);
+    GEO_UNROLL(6) for (int i = 0; i < kRows; ++i) {
+      const V(&s)[4] = both[i], (&n)[4] = news[i];
+      finish(pair + i, gru_gates<T>(s[0] + s[2], s[1] + s[3], n[0], n[3]),
+             gru_gates<T>(s[0] - s[2], s[1] - s[3], n[2], n[1]));
+    }
   }
+  const T* ahead(const T* x, int64_t k) const { return x + k * full * wide; }
 
   void forward() const {
     T* out = static_cast<T*>(job.out) + first * features;
     for (int64_t f = 0; f < wide; f += L) {
       const int lanes = int(features - f < L ? features - f : L);
-      for (int64_t p = 0; p < full; p += kRows) {
-        V total[kRows] = {};
-        GEO_UNROLL(1) for (int64_t cell = p; cell < 2 * full; cell += full) {
-          const T* state = rows + (full + cell) * wide + f;
-          gates_of(cell, f, [&](int i, const GRUGates<V>& g) GEO_INLINED {
-            total[i] += gru_value(g, load(state + i * wide));
-          });
-        }
-        for (int64_t i = 0; i < kRows && p + i < count; ++i) {
-          T* to = out + (p + i) * features + f;
+      const T *left = block(rows, 2) + f, *right = block(rows, 3) + f;
+      for (int64_t p = 0; p < full; p += kRows)
+        for_gates(p, f, [&](int64_t pair, const GRUGates<V>& there, const GRUGates<V>& back) GEO_INLINED {
+          if (pair >= count) return;
+          const V sum = gru_value(there, load(right + pair * wide)) + gru_value(back, load(left + pair * wide));
+          T* to = out + pair * features + f;
           if (lanes == L)
-            store(to, total[i] * T(0.5));
+            store(to, sum * T(0.5));
           else
-            store_n(to, total[i] * T(0.5), lanes);
-        }
-      }
+            store_n(to, sum * T(0.5), lanes);
+        });
     }
   }
 
-  // The gradients of all gates' sums, [r, z, n, scaled by r], and of the states where they stand alone.
+  // The gradients of the two sums that each row has a part in: of r and z for a + b and a - b, else of n and of what r is
+  // multiplied with; and of the states where they stand alone.
   void gate_grads() const {
     const T* grad = static_cast<const T*>(job.grad) + first * features;
     for (int64_t p = 0; p < count; ++p) fill(grads + p * wide, grad + p * features);
     memset(grads + count * wide, 0, sizeof(T) * wide * (full - count));
+    memset(row_grads, 0, sizeof(T) * wide * 2 * full);
     for (int64_t f = 0; f < wide; f += L) {
-      for (int64_t side = 0; side < 2; ++side) {
-        for (int64_t p = 0; p < full; p += kRows) {
-          const int64_t cell = side * full + p;
-          const T *state = rows + (full + cell) * wide + f, *from = grads + p * wide + f;
-          T *to = gates + cell * gates_pitch + f, *to_state = row_grads + ((1 - side) * full + p) * wide + f;
-          gates_of(cell, f, [&](int i, const GRUGates<V>& g) GEO_INLINED {
-            const GRUGrads<V> d = gru_grads<T>(g, load(state + i * wide), load(from + i * wide) * T(0.5));
-            T* at = to + i * gates_pitch;
-            store(at, d.reset);
-            store(at + wide, d.update);
-            store(at + 2 * wide, d.input);
-            store(at + 3 * wide, d.scaled);
-            store(to_state + i * wide, d.state);
-          });
-        }
-      }
+      const T *left = block(rows, 2) + f, *right = block(rows, 3) + f;
+      T *to_left = block(row_grads, 2) + f, *to_right = block(row_grads, 3) + f;
+      for (int64_t p = 0; p < full; p += kRows)
+        for_gates(p, f, [&](int64_t pair, const GRUGates<V>& there, const GRUGates<V>& back) GEO_INLINED {
+          const int64_t at = pair * wide;
+          const V g = load(grads + at + f) * T(0.5);
+          const GRUGrads<V> a = gru_grads<T>(there, load(right + at), g), b = gru_grads<T>(back, load(left + at), g);
+          put(0, pair, f, a.reset + b.reset, a.update + b.update);
+          put(1, pair, f, a.reset - b.reset, a.update - b.update);
+          put(2, pair, f, a.input, b.scaled);
+          put(3, pair, f, b.input, a.scaled);
+          store(to_left + at, b.state);
+          store(to_right + at, a.state);
+        });
     }
   }
+  GEO_INLINED void put(int64_t k, int64_t pair, int64_t f, V one, V other) const {
+    T* to = gates + (k * full + pair) * gates_pitch + f;
+    store(to, one);
+    store(to + wide, other);
+  }
 
-  // Of gate k of the input (0, 1, 2) or the state (3, 4, 5), where its sum's gradient lies.
-  const T* gate(int64_t cell, int64_t k) const {
-    return gates + cell * gates_pitch + (k == 5 ? 3 : k % 3) * wide;
+  // f(matrix, its gates, its rows, how many): each matrix of r and z for a + b, of both for a - b, of n and what r is
+  // multiplied with for a and b.
+  template <class F>
+  GEO_INLINED void for_matrices(F&& f) const {
+    for (int64_t k = 0; k < 6; ++k) f(k, gates + k / 2 * full * gates_pitch + k % 2 * wide, k / 2 * full, k < 4 ? full : 2 * full);
   }
 
   void add_row_grads() const {
     for_features<T>(wide, [&](int64_t f, auto width) {
-      constexpr int NC = decltype(width)::value;
-      for (int64_t k = 0; k < 6; ++k) {
+      for_matrices([&](int64_t k, const T* g, int64_t row, int64_t num) {
         const T* weight = static_cast<const T*>(job.back) + k * features * wide + f;
-        for (int64_t side = 0; side < 2; ++side) {
-          const T* of = gate((k < 3) == (side == 0) ? 0 : full, k);
-          add_product<T, NC>(of, gates_pitch, features, weight, row_grads + side * full * wide + f, wide, full);
-        }
-      }
+        add_product<T, decltype(width)::value>(g, gates_pitch, features, weight, row_grads + row * wide + f, wide, num);
+      });
     });
+    for (int64_t i = 0; i < full * wide; i += L) {
+      const V sum = load(row_grads + i), difference = load(block(row_grads, 1) + i);
+      T *left = block(row_grads, 2) + i, *right = block(row_grads, 3) + i;
+      store(left, load(left) + (sum + difference));
+      store(right, load(right) + (sum - difference));
+    }
     for (int64_t side = 0; side < 2; ++side) {
       T* to = static_cast<T*>(job.sides) + (side * job.pairs + first) * features;
       for (int64_t p = 0; p < count; ++p)
-        memcpy(to + p * features, row_grads + (side * full + p) * wide, sizeof(T) * features);
+        memcpy(to + p * features, block(row_grads, 2 + side) + p * wide, sizeof(T) * features);
     }
   }
 
   void weight_grads(T* sums) const {
-    for (int64_t k = 0; k < 6; ++k) {
-      const T *g = gate(0, k), *x = rows + (k < 3 ? 0 : full) * wide;
+    for_matrices([&](int64_t k, const T* g, int64_t row, int64_t num) {
+      const T* x = rows + row * wide;
       T* sum = sums + k * features * wide;
       for_features<T>(wide, [&](int64_t f, auto width) {
         constexpr int NC = decltype(width)::value, NB = outer_rows(NC);
         int64_t b = 0;
         for (; b + NB <= features; b += NB)
-          outer<T, NB, NC>(g + b, gates_pitch, x + f, wide, int(2 * full), sum + b * wide + f);
-        for (; b < features; ++b) outer<T, 1, NC>(g + b, gates_pitch, x + f, wide, int(2 * full), sum + b * wide + f);
+          outer<T, NB, NC>(g + b, gates_pitch, x + f, wide, int(num), sum + b * wide + f);
+        for (; b < features; ++b) outer<T, 1, NC>(g + b, gates_pitch, x + f, wide, int(num), sum + b * wide + f);
       });
-    }
-    T* bias = sums + 6 * features * wide;
-    for (int64_t f = 0; f < 4 * wide; f += L) {
-      V sum = load(bias + f);
-      for (int64_t cell = 0; cell < 2 * full; ++cell) sum += load(gates + cell * gates_pitch + f);
-      store(bias + f, sum);
-    }
+      if (k == 2 || k == 3) return;
+      T* bias = sums + (6 * features + (k < 2 ? k : k - 2)) * wide;
+      for (int64_t f = 0; f < wide; f += L) {
+        V total = load(bias + f);
+        for (int64_t p = 0; p < num; ++p) total += load(g + p * gates_pitch + f);
+        store(bias + f, total);
+      }
+    });
   }
 };
 
