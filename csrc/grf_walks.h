@@ -9,8 +9,8 @@ enum GrfFlag : int64_t { kAntithetic = 1, kRepelling = 2, kRendezvous = 4 };
 constexpr uint64_t kProbabilityOne = uint64_t(1) << 32;  // probabilities are multiples of 2^-32
 constexpr uint64_t kLowWord = 0xffffffffu;
 
-// Halting: of antithetic walks the second half goes by the words of the first, turned by half a turn. A decider holds the
-// number of the walk whose word it is, and above it what is to be added.
+// Halting: of antithetic walks the second half goes by the words of the first, turned by half a turn. A decider holds
+// the number of the walk whose word it is, and above it what is to be added.
 GEO_HD uint64_t halt_decider(uint64_t number, uint64_t walk, uint64_t num_walks, bool antithetic) {
   const uint64_t half = num_walks / 2;
   if (!antithetic || walk < half) return number & kLowWord;
@@ -61,8 +61,8 @@ GEO_HD T over_survival(uint64_t halt_below) {
 }
 
 // Repelling walks: within a block of as many walks as the node has edges, walk `place` swaps the entries `place` and
-// `target` >= place of a permutation of the slots and takes what then stands at `place`. What stands at an entry is found
-// by going back over the walks before: see _distinct in ops/walk_step.py. Call this with each, the last one first.
+// `target` >= place of a permutation of the slots and takes what then stands at `place`. What stands at an entry is
+// found by going back over the walks before (_distinct in ops/walk_step.py). Call this with each, the last one first.
 GEO_HD int64_t follow_swap(int64_t slot, int64_t target, int64_t place) { return target == slot ? place : slot; }
 
 }  // namespace geo

@@ -58,7 +58,8 @@ def grf_paths(
         start.
 
     Raises:
-        IndexError: a start, or an entry of ``rowptr`` or ``col`` that a walk meets, is out of range.
+        IndexError: a start, or an entry of ``rowptr`` or ``col`` that a walk meets, is out of range, or ``rowptr`` does
+            not go from 0 to E.
         ValueError: a wrong shape, dtype or probability, or options that do not go together.
 
     Example:
@@ -116,6 +117,11 @@ def checked_graph(
     if proposal == "weight" and weight is None:
         raise ValueError("weight: proposal='weight' needs it, got None")
     looks = not torch.compiler.is_compiling() and bounds.reads_values(col)
+    if looks:
+        for position, expected in ((0, 0), (-1, col.size(0))):
+            if int(rowptr[position]) != expected:
+                position %= rowptr.size(0)
+                raise IndexError(bounds.out_of_range(op, "rowptr", position, int(rowptr[position]), expected, expected))
     if looks and (proposal == "weight" or law.rendezvous):
         _check_rows(op, rowptr, col)
         if law.rendezvous:
@@ -127,11 +133,16 @@ def checked_graph(
     return proposal_units(rowptr, weight.detach())
 
 
-def _check_rows(op: str, rowptr: Tensor, col: Tensor) -> None:
+def check_rowptr(op: str, rowptr: Tensor, num_edges: int) -> None:
+    """Raise IndexError unless ``rowptr`` rises from 0 to the number of edges."""
     try:
-        bounds.check_ptr(op, rowptr, col.size(0))
+        bounds.check_ptr(op, rowptr, num_edges)
     except IndexError as err:
         raise IndexError(str(err).replace(" ptr[", " rowptr[")) from None
+
+
+def _check_rows(op: str, rowptr: Tensor, col: Tensor) -> None:
+    check_rowptr(op, rowptr, col.size(0))
     bounds.check_index(op, "col", col, rowptr.size(0) - 1)
 
 
@@ -167,6 +178,9 @@ def _check_walk(walk: Tensor, start: Tensor, law: WalkLaw) -> None:
         bounds.check_index("grf_paths", "walk", walk, law.num_walks)
 
 
+PathArgs = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor, int, int, int, int, int]
+
+
 def path_args(
     rowptr: Tensor,
     col: Tensor,
@@ -176,7 +190,7 @@ def path_args(
     units: Tensor | None,
     law: WalkLaw,
     max_length: int | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor, int, int, int, int, int]:
+) -> PathArgs:
     """The arguments of the op ``grf_paths``."""
     halt = torch.tensor(law.halt_below, device=rowptr.device)
     longest = LONGEST if max_length is None else max_length

@@ -7,15 +7,17 @@ proposal, the halting law and the coupling of the walks. Draws are :func:`geo.op
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from geo.ops.grf_paths import Step, all_nodes, checked_graph, path_args, steps_of
+from geo.ops.grf_paths import PathArgs, Step, all_nodes, check_rowptr, checked_graph, path_args, steps_of
+from geo.ops.plan import csr_from_index
 from geo.ops.random_walk import call
 from geo.ops.registration import define
+from geo.ops.segment import Order, spread
 from geo.ops.walk_step import LONGEST, WalkLaw, checked_law, law_of
 
 
@@ -63,17 +65,20 @@ def grf_walks(
     Couplings make walks from one start depend on each other, which lowers the variance and leaves the mean: with
     ``'antithetic'`` walk k + m/2 halts by the uniform number of walk k plus 1/2, modulo 1; with ``'repelling'`` walks
     at one node leave it along different entries, in blocks of as many walks as it has entries. Walks with different
-    numbers are independent between calls. Equal bits on any number of threads and any device.
+    numbers are independent between calls. Equal bits on any number of threads and any device, in gradients, too.
+
+    ``torch.compile`` takes this as one op, unless a gradient is to reach the weights: then the graph breaks here.
 
     Args:
         rowptr: int64 [N + 1], the first entry of each row of U.
         col: int64 [E], the column of each entry.
         weight: [E], the entries; of any sign. Gradients reach it (twice, if need be) through the loads of the walks
-            that were drawn, not through the choice of walks.
+            that were drawn, not through the choice of walks. Values are summed in float32 at least, and may overflow
+            where weights of 16 bits cannot hold them.
         start: int64 [S], the nodes to start from (default: all).
         num_walks: m, walks from each start.
         seed: an integer; its lower 64 bits are used.
-        p_halt: the probability p, between 0 and 1.
+        p_halt: the probability p, between 0 and 1; at least 1e-6 without ``max_length``.
         survival: in place of ``p_halt``: the probabilities [L + 1] to take at least 0, 1, .., L steps. The first is 1
             and they never rise; no walk goes on where one is 0, else the last ratio goes on.
         coupling: ``'iid'``, ``'antithetic'``, ``'repelling'`` or ``'antithetic+repelling'``.
@@ -86,14 +91,16 @@ def grf_walks(
         node_key: int64 [N], what identifies each node to the random numbers, as a start (lower 32 bits) and as a
             neighbour; give the index inside the node's own graph to make the walks of a graph independent of its batch
             (default: the node itself).
-        first_walk: the number of the first walk from each start; other numbers give independent walks.
+        first_walk: the number of the first walk from each start; other numbers (below :math:`2^{32}`) give independent
+            walks.
         max_length: cut walks after so many steps; what they left before has the same mean.
 
     Returns:
         The deposits, summed over walks in ascending order and sorted.
 
     Raises:
-        IndexError: a start, or an entry of ``rowptr`` or ``col`` that a walk meets, is out of range.
+        IndexError: a start, or an entry of ``rowptr`` or ``col`` that a walk meets, is out of range, or ``rowptr`` does
+            not go from 0 to E.
         ValueError: a wrong shape, dtype or probability, or options that do not go together.
 
     Example:
@@ -109,12 +116,25 @@ def grf_walks(
     units = checked_graph("grf_walks", rowptr, col, weight, start, node_key, proposal, law)
     args = path_args(rowptr, col, start, node_key, None, units, law, max_length)
     if weight.requires_grad and torch.is_grad_enabled():
-        ptr, node, edge = call("grf_walks", torch.ops.geo.grf_paths, args)
-        steps = steps_of_paths(ptr, node, edge)
-        return deposits_of(steps, rowptr, weight, units, law, start.size(0))
+        deposits: WalkDeposits = _along_paths(args, weight, law)
+        return deposits
     compute = weight.detach() if weight.dtype in (torch.float32, torch.float64) else weight.detach().float()
     ptr, to, length, value = call("grf_walks", torch.ops.geo.grf_walks, (*args[:3], compute, node_key, *args[5:]))
     return WalkDeposits(ptr, to, length, value.to(weight.dtype))
+
+
+@torch.compiler.disable(reason="geo.ops.grf_walks: how many steps there are, which gradients go along, is data")
+def _along_paths(args: PathArgs, weight: Tensor, law: WalkLaw) -> WalkDeposits:
+    """Differentiable with respect to the weights."""
+    rowptr, _, start, _, _, units, *_ = args
+    ptr, node, edge = call("grf_walks", torch.ops.geo.grf_paths, args)
+    return deposits_of(steps_of_paths(ptr, node, edge), rowptr, weight, units, law, start.size(0), _taken)
+
+
+def _taken(factor: Tensor, edge: Tensor) -> Tensor:
+    """``factor[edge]``; its gradient is summed in a fixed order."""
+    ptr, perm = csr_from_index(edge, factor.size(0))
+    return spread(factor, Order(ptr, perm, edge), edge.size(0), "grf_walks")
 
 
 # -- plain PyTorch -----------------------------------------------------------------------------------------------------
@@ -156,20 +176,29 @@ def steps_of_paths(ptr: Tensor, node: Tensor, edge: Tensor) -> list[Step]:
 
 
 def deposits_of(
-    steps: list[Step], rowptr: Tensor, weight: Tensor, units: Tensor | None, law: WalkLaw, num_starts: int
+    steps: list[Step],
+    rowptr: Tensor,
+    weight: Tensor,
+    units: Tensor | None,
+    law: WalkLaw,
+    num_starts: int,
+    take: Callable[[Tensor, Tensor], Tensor] = torch.Tensor.__getitem__,
 ) -> WalkDeposits:
-    """The loads of all walks, sorted and summed."""
+    """The loads of all walks, sorted and summed. ``take(factor, edge)``: the factors of some edges."""
+    check_rowptr("grf_walks", rowptr, weight.size(0))
     compute = weight if weight.dtype == torch.float64 else weight.float()
     factor = compute * over_probability(rowptr, units, compute)
     gain = compute.new_tensor(gains(law))
     load = compute.new_ones(len(steps[0].walker))
     loads = [load]
-    for taken, step in enumerate(steps[1:]):
-        load = load[step.kept] * factor[step.edge] * gain[min(taken, len(gain) - 1)]
+    counts = [len(step.walker) for step in steps]
+    edges = torch.cat([step.edge[:0] if step is steps[0] else step.edge for step in steps])
+    for taken, (step, along) in enumerate(zip(steps[1:], take(factor, edges).split(counts[1:]), strict=True)):
+        load = load[step.kept] * along * gain[min(taken, len(gain) - 1)]
         loads.append(load)
     num_nodes = rowptr.size(0) - 1
     place = torch.cat([step.walker // law.num_walks * num_nodes + step.node for step in steps])
-    lengths = torch.tensor([len(step.walker) for step in steps], device=place.device)
+    lengths = torch.tensor(counts, device=place.device)
     length = torch.arange(len(steps), device=place.device).repeat_interleave(lengths)
     out = sum_loads(place, length, torch.cat(loads), num_starts, num_nodes, law.num_walks)
     return out._replace(value=out.value.to(weight.dtype))
@@ -183,11 +212,33 @@ def sum_loads(
     length = length[order]
     new = torch.ones_like(place, dtype=torch.bool)
     new[1:] = (place[1:] != place[:-1]) | (length[1:] != length[:-1])
-    total = int(new.sum())
-    value = load.new_zeros(total).index_add(0, new.cumsum(0) - 1, load[order]) / num_walks
+    value = _sums(load[order], new) / num_walks
     place, length = place[new], length[new]
     ptr = torch.searchsorted(place, torch.arange(num_starts + 1, device=place.device) * num_nodes)
     return WalkDeposits(ptr, place % max(num_nodes, 1), length.int(), value)
+
+
+def _sums(numbers: Tensor, new: Tensor) -> Tensor:
+    """Sums of groups of numbers, of which each begins where ``new``: one after the other, as the kernels add them.
+
+    The first numbers of all groups, then the second ones, and so on, the largest group first: no two numbers of one
+    addition belong to one group, so neither sums nor gradients depend on any order but this.
+    """
+    if not len(numbers):
+        return numbers
+    first = new.nonzero().flatten()
+    size = torch.cat([first, first.new_tensor([len(numbers)])]).diff()
+    _, by_size = size.sort(descending=True, stable=True)
+    place = torch.empty_like(by_size).index_copy(0, by_size, torch.arange(len(by_size), device=first.device))
+    rank = torch.arange(len(numbers), device=first.device) - first.repeat_interleave(size)
+    _, by_rank = (rank * len(first) + place.repeat_interleave(size)).sort()
+    sums, *more = numbers[by_rank].split(torch.bincount(rank).tolist())
+    done = []
+    for number in more:
+        sums, ended = sums.split([len(number), len(sums) - len(number)])
+        done.append(ended)
+        sums = sums + number
+    return torch.cat([sums, *reversed(done)])[place]
 
 
 def over_probability(rowptr: Tensor, units: Tensor | None, like: Tensor) -> Tensor:

@@ -55,7 +55,8 @@ def random_walk(
             number of steps is then geometric, cut at ``walk_length``.
         node_key: int64 [S], what identifies each start to the random numbers (lower 32 bits); give the index inside the
             node's own graph to make the walks of a graph independent of its batch (default: ``start``).
-        first_walk: the number of the first walk from each start; other numbers give independent walks.
+        first_walk: the number of the first walk from each start; other numbers (below :math:`2^{32}`) give independent
+            walks.
         return_edges: also return the edges taken.
 
     Returns:
@@ -116,6 +117,10 @@ def _checked(
     for name, count in (("walk_length", walk_length), ("num_walks", num_walks), ("first_walk", first_walk)):
         if count < 0:
             raise ValueError(f"{name}: expected a number of at least 0, got {count}")
+    if first_walk + num_walks > 2**32:  # a word of the counter
+        raise ValueError(
+            f"first_walk: walks have numbers below 2^32, got {num_walks} from {first_walk} on: take another seed"
+        )
     if not 0 <= p_halt <= 1:
         raise ValueError(f"p_halt: expected a probability in [0, 1], got {p_halt}")
     return rowptr, col, start, node_key, walk_length, num_walks, signed(seed), first_walk, non_backtracking, p_halt

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from numbers import Integral
 from typing import NamedTuple
 
 import torch
@@ -22,6 +23,8 @@ Words = tuple[Tensor, Tensor, Tensor, Tensor]
 _WORD = 0xFFFFFFFF
 _HALF = 2**31
 _ONE = 2**32  # probabilities are multiples of 2^-32
+_NUMBERS = 2**32  # of walks: one word of the generator's counter
+_LEAST_HALT = 1e-6  # of walks that nothing else ends: longer ones would fill the memory
 
 
 class WalkLaw(NamedTuple):
@@ -55,6 +58,11 @@ def checked_law(
     if choice not in ("slot", "rendezvous"):
         raise ValueError(f"choice: expected 'slot' or 'rendezvous', got {choice!r}")
     antithetic, repelling = "antithetic" in coupling, "repelling" in coupling
+    if not torch.compiler.is_compiling():
+        numbers = {"num_walks": num_walks, "seed": seed, "first_walk": first_walk, "max_length": max_length}
+        for name, number in numbers.items():
+            if isinstance(number, bool) or not isinstance(number, (Integral, torch.SymInt, type(None))):
+                raise ValueError(f"{name}: expected an integer, got {number!r}")
     if num_walks < 1:
         raise ValueError(f"num_walks: expected at least 1, got {num_walks}")
     if antithetic and num_walks % 2:
@@ -64,11 +72,21 @@ def checked_law(
         )
     if first_walk < 0:
         raise ValueError(f"first_walk: expected a number of at least 0, got {first_walk}")
+    if first_walk + num_walks > _NUMBERS:
+        raise ValueError(
+            f"first_walk: walks have numbers below 2^32, got {num_walks} from {first_walk} on: take another seed"
+        )
     if max_length is not None and not 0 <= max_length <= LONGEST:
         raise ValueError(f"max_length: expected None or a number from 0 to {LONGEST}, got {max_length}")
     if choice == "rendezvous" and repelling:
         raise ValueError(f"choice: 'rendezvous' needs coupling='iid' or 'antithetic', got coupling={coupling!r}")
     halt = _halting(p_halt) if survival is None else _halting_by(survival, max_length)
+    if max_length is None and halt[-1] < _LEAST_HALT * _ONE:
+        name, what = ("p_halt", "this") if survival is None else ("survival", "the last ratio")
+        raise ValueError(
+            f"{name}: with {what} walks halt with probability {halt[-1] / _ONE:.2g} before a step and take "
+            f"{_ONE / halt[-1]:.0e} steps: give max_length, or a probability of at least {_LEAST_HALT}"
+        )
     return WalkLaw(signed(seed), halt, num_walks, first_walk, antithetic, repelling, choice == "rendezvous")
 
 
@@ -79,6 +97,8 @@ def _halting(p_halt: float) -> tuple[int, ...]:
 
 
 def _halting_by(survival: Sequence[float] | Tensor, max_length: int | None) -> tuple[int, ...]:
+    if isinstance(survival, Tensor) and survival.dim() != 1:
+        raise ValueError(f"survival: expected one axis, got {list(survival.shape)}")
     values = [float(q) for q in (survival.tolist() if isinstance(survival, Tensor) else survival)]
     if len(values) < 2 or values[0] != 1:
         raise ValueError(f"survival: expected at least two probabilities, the first of which is 1, got {values}")

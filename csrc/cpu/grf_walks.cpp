@@ -90,8 +90,8 @@ double expected_steps(const GrfArgs& args) {
   return double(args.start.numel()) * double(args.per_start) * steps;
 }
 
-// A copy of the graph that takes one cache line a step, with the factors of the loads; P = int64: without. To make it reads
-// each edge once, in order: dearer than a step that it makes cheaper, and steps are many.
+// A copy of the graph that takes one cache line a step, with the factors of the loads; P = int64: without. To make it
+// reads each edge once, in order: dearer than a step that it makes cheaper, and steps are many.
 template <class P>
 struct PackedEdge {
   uint32_t col;
@@ -117,6 +117,13 @@ PackedGraph pack(GrfArgs& args, const void* weight_) {
   graph.weight = weight_;
   args.packed = num_edges < UINT32_MAX && expected_steps(args) * 4 >= double(num_edges + num_nodes);
   if (!args.packed) return {};
+  Faults faults;  // rows that overlap have no factors of their own: walks look at such a graph itself
+  parallel_blocks(num_nodes, int64_t(1) << 13, [&](int64_t, int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i)
+      if (from_ptr[i] > from_ptr[i + 1]) return faults.add(kBadRowptr, i);
+  });
+  args.packed = faults.first().fault == kNoFault && from_ptr[0] >= 0 && from_ptr[num_nodes] <= num_edges;
+  if (!args.packed) return {};
   PackedGraph to{std::unique_ptr<uint32_t[]>(new uint32_t[num_nodes + 1]),
                  std::unique_ptr<char[]>(new char[num_edges * sizeof(PackedEdge<P>)])};
   PackedEdge<P>* edges = reinterpret_cast<PackedEdge<P>*>(to.edges.get());
@@ -127,13 +134,14 @@ PackedGraph pack(GrfArgs& args, const void* weight_) {
   };
   parallel_blocks(num_nodes + 1, int64_t(1) << 13, [&](int64_t, int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) {
-      to.ptr[i] = inside(from_ptr[i], num_edges + 1);
+      to.ptr[i] = uint32_t(from_ptr[i]);
       if constexpr (!std::is_same_v<P, int64_t>) {
-        if (i == num_nodes || from_ptr[i] < 0 || from_ptr[i + 1] > num_edges) continue;
+        if (i == num_nodes) continue;
         const P* weight = static_cast<const P*>(weight_);
         const int64_t begin = from_ptr[i], end = from_ptr[i + 1];
         for (int64_t e = begin; e < end; ++e)
-          edges[e] = {inside(from_col[e], num_nodes), weight[e] * over_probability<P>(graph.units, begin, end - begin, e)};
+          edges[e] = {inside(from_col[e], num_nodes),
+                      weight[e] * over_probability<P>(graph.units, begin, end - begin, e)};
       }
     }
   });
@@ -357,7 +365,8 @@ class Walks {
 
 // All walks; counts behind the first entry of ptr become its running sums. Returns what the threads keep.
 template <class P, class Finish>
-std::vector<std::unique_ptr<Walks<P>>> walk_all(const GrfArgs& args, int64_t rows_of_start, int64_t* ptr, Finish finish) {
+std::vector<std::unique_ptr<Walks<P>>> walk_all(const GrfArgs& args, int64_t rows_of_start, int64_t* ptr,
+                                                Finish finish) {
   const int64_t num_starts = args.start.numel(), batch = Walks<P>::starts_of_batch(args);
   const int64_t block = batch * std::max<int64_t>(1, 4096 / (batch * args.per_start));
   std::vector<std::unique_ptr<Walks<P>>> walks(max_threads(num_starts, block));
@@ -428,11 +437,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> deposits(GrfArgs& args, const Tensor&
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> grf_walks_cpu(
     const Tensor& rowptr, const Tensor& col, const Tensor& start, const Tensor& weight_,
-    const std::optional<Tensor>& node_key, const std::optional<Tensor>& units, const Tensor& halt_below, int64_t num_walks,
-    int64_t seed, int64_t first_walk, int64_t max_length, int64_t flags) {
+    const std::optional<Tensor>& node_key, const std::optional<Tensor>& units, const Tensor& halt_below,
+    int64_t num_walks, int64_t seed, int64_t first_walk, int64_t max_length, int64_t flags) {
   GrfArgs args = checked("grf_walks", rowptr, col, start, node_key, std::nullopt, units, halt_below, num_walks, seed,
                          first_walk, max_length, flags);
-  STD_TORCH_CHECK(weight_.dim() == 1 && weight_.numel() == col.numel(), "grf_walks: weight must have one entry per edge");
+  STD_TORCH_CHECK(weight_.dim() == 1 && weight_.numel() == col.numel(),
+                  "grf_walks: weight must have one entry per edge");
   const Tensor weight = made_contiguous(weight_);
   if (weight.scalar_type() == ScalarType::Float) return deposits<float>(args, weight);
   STD_TORCH_CHECK(weight.scalar_type() == ScalarType::Double, "grf_walks: weight must be float32 or float64");
@@ -440,12 +450,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> grf_walks_cpu(
 }
 
 std::tuple<Tensor, Tensor, Tensor> grf_paths_cpu(const Tensor& rowptr, const Tensor& col, const Tensor& start,
-                                                 const std::optional<Tensor>& node_key, const std::optional<Tensor>& walk,
+                                                 const std::optional<Tensor>& node_key,
+                                                 const std::optional<Tensor>& walk,
                                                  const std::optional<Tensor>& units, const Tensor& halt_below,
-                                                 int64_t num_walks, int64_t seed, int64_t first_walk, int64_t max_length,
-                                                 int64_t flags) {
-  GrfArgs args = checked("grf_paths", rowptr, col, start, node_key, walk, units, halt_below, num_walks, seed, first_walk,
-                         max_length, flags);
+                                                 int64_t num_walks, int64_t seed, int64_t first_walk,
+                                                 int64_t max_length, int64_t flags) {
+  GrfArgs args = checked("grf_paths", rowptr, col, start, node_key, walk, units, halt_below, num_walks, seed,
+                         first_walk, max_length, flags);
   STD_TORCH_CHECK(!walk || !(flags & kRepelling), "grf_paths: walk cannot be given for repelling walks");
   const int64_t num_starts = start.numel(), per_start = args.per_start;
   Tensor ptr = torch::stable::new_empty(args.start, {num_starts * per_start + 1});

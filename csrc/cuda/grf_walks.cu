@@ -1,5 +1,5 @@
-// CUDA launchers of grf_walks and grf_paths: all walks are gone twice, to count and to fill, a thread a walk; of repelling
-// walks, a warp a start. What they leave is then sorted by one key and summed in that order.
+// CUDA launchers of grf_walks and grf_paths: all walks are gone twice, to count and to fill, a thread a walk; of
+// repelling walks, a warp a start. What they leave is then sorted by one key and summed in that order.
 #include "../grf_walks.h"
 
 #include <cub/device/device_radix_sort.cuh>
@@ -81,7 +81,8 @@ struct Load {  // their loads, under a key that sorts by start, node and length
     T load;
   };
   __device__ void put(const State& state, int64_t node) const {
-    keys[state.at] = (uint64_t(state.row) * uint64_t(num_nodes) + uint64_t(node)) * uint64_t(num_lengths) + state.length;
+    const uint64_t pair = uint64_t(state.row) * uint64_t(num_nodes) + uint64_t(node);
+    keys[state.at] = pair * uint64_t(num_lengths) + uint64_t(state.length);
     loads[state.at] = state.load;
   }
   __device__ State begin(int64_t walk, int64_t row, int64_t start) const {
@@ -186,7 +187,8 @@ struct Repelling {
 
 template <class Sink>
 __global__ void repelling_kernel(WalkGraph<int64_t> graph, GrfLaws laws, const int64_t* __restrict__ start,
-                                 int64_t num_starts, Sink sink, Repelling<typename Sink::State>* scratch, long long* flag) {
+                                 int64_t num_starts, Sink sink, Repelling<typename Sink::State>* scratch,
+                                 long long* flag) {
   const int64_t warp = (blockIdx.x * int64_t(kThreads) + threadIdx.x) / kWarp;
   const int64_t warps = int64_t(gridDim.x) * kThreads / kWarp, lane = threadIdx.x % kWarp, count = laws.num_walks;
   Repelling<typename Sink::State>* walks = scratch + warp * count;
@@ -259,20 +261,23 @@ __global__ void repelling_kernel(WalkGraph<int64_t> graph, GrfLaws laws, const i
   }
 }
 
-// Sums -----------------------------------------------------------------------------------------------------------------
+// Sums ---------------------------------------------------------------------------------------------------------------
 __global__ void begins_kernel(const uint64_t* __restrict__ keys, int64_t count, int64_t* __restrict__ slots) {
   for (int64_t i = blockIdx.x * int64_t(kThreads) + threadIdx.x; i < count; i += int64_t(gridDim.x) * kThreads)
     slots[i] = i == 0 || keys[i] != keys[i - 1];
 }
 // slots: how many different keys there are up to each.
 template <class T>
-__global__ void sum_kernel(const uint64_t* __restrict__ keys, const T* __restrict__ loads, const int64_t* __restrict__ slots,
-                           int64_t count, int64_t num_nodes, int64_t num_lengths, T walks, int64_t* __restrict__ col,
-                           int32_t* __restrict__ length, T* __restrict__ value) {
+__global__ void sum_kernel(const uint64_t* __restrict__ keys, const T* __restrict__ loads,
+                           const int64_t* __restrict__ slots, int64_t count, int64_t num_nodes, int64_t num_lengths,
+                           T walks, int64_t* __restrict__ col, int32_t* __restrict__ length, T* __restrict__ value) {
   for (int64_t i = blockIdx.x * int64_t(kThreads) + threadIdx.x; i < count; i += int64_t(gridDim.x) * kThreads) {
     if (i > 0 && keys[i] == keys[i - 1]) continue;
-    T sum = loads[i];
-    for (int64_t j = i + 1; j < count && keys[j] == keys[i]; ++j) sum += loads[j];
+    T sum = walks;  // all are at their start at first
+    if (keys[i] % uint64_t(num_lengths) != 0) {
+      sum = loads[i];
+      for (int64_t j = i + 1; j < count && keys[j] == keys[i]; ++j) sum += loads[j];
+    }
     const int64_t slot = slots[i] - 1;
     col[slot] = int64_t(keys[i] / uint64_t(num_lengths) % uint64_t(num_nodes));
     length[slot] = int32_t(keys[i] % uint64_t(num_lengths));
@@ -304,10 +309,12 @@ struct GrfArgs {
   cudaStream_t stream;
 };
 
-std::optional<Tensor> checked_index(const std::optional<Tensor>& index, const char* op, const char* name, int64_t size) {
+std::optional<Tensor> checked_index(const std::optional<Tensor>& index, const char* op, const char* name,
+                                    int64_t size) {
   if (!index) return std::nullopt;
   check_index_dtype(*index, op, name);
-  STD_TORCH_CHECK(index->is_cuda() && index->numel() == size, op, ": ", name, " must have ", size, " entries on the GPU");
+  STD_TORCH_CHECK(index->is_cuda() && index->numel() == size, op, ": ", name, " must have ", size,
+                  " entries on the GPU");
   return torch::stable::contiguous(*index);
 }
 
@@ -351,8 +358,8 @@ void walk_all(const GrfArgs& args, const Sink& sink) {
   if (args.num_rows == 0) return;
   long long* flag = fault_flag(args.start.get_device_index());
   if (!(args.laws.flags & kRepelling)) {
-    independent_kernel<<<grid_of(args.num_rows), kThreads, 0, args.stream>>>(args.graph, args.laws, index_data(args.start),
-                                                                              args.num_starts, sink, flag);
+    independent_kernel<<<grid_of(args.num_rows), kThreads, 0, args.stream>>>(
+        args.graph, args.laws, index_data(args.start), args.num_starts, sink, flag);
   } else {
     using Walk = Repelling<typename Sink::State>;
     const int64_t per_block = args.laws.num_walks * int64_t(sizeof(Walk)) * (kThreads / kWarp);
@@ -386,7 +393,8 @@ struct Sizes {
   int64_t total, longest;
 };
 Sizes count_all(const GrfArgs& args) {
-  Tensor ptr = torch::stable::new_empty(args.start, {args.num_rows + 1}), longest = torch::stable::new_empty(args.start, {1});
+  Tensor ptr = torch::stable::new_empty(args.start, {args.num_rows + 1});
+  Tensor longest = torch::stable::new_empty(args.start, {1});
   int64_t* data = write<int64_t>(ptr);
   STD_CUDA_CHECK(cudaMemsetAsync(data, 0, sizeof(int64_t), args.stream));
   STD_CUDA_CHECK(cudaMemsetAsync(write<int64_t>(longest), 0, sizeof(int64_t), args.stream));
@@ -398,16 +406,19 @@ Sizes count_all(const GrfArgs& args) {
 template <class T>
 std::tuple<Tensor, Tensor, Tensor, Tensor> deposits(const GrfArgs& args, const Tensor& weight) {
   const Sizes sizes = count_all(args);
-  const int64_t total = sizes.total, num_nodes = args.graph.num_nodes, num_lengths = std::max<int64_t>(1, sizes.longest);
+  const int64_t total = sizes.total, num_lengths = std::max<int64_t>(1, sizes.longest);
+  const int64_t num_nodes = std::max<int64_t>(1, args.graph.num_nodes);  // starts outside are refused later
   const double keys_needed = double(args.num_starts) * double(num_nodes) * double(num_lengths);
-  STD_TORCH_CHECK(keys_needed < 9e18, "grf_walks: starts x nodes x lengths exceed 2^63: give fewer start nodes at a time");
+  STD_TORCH_CHECK(keys_needed < 9e18,
+                  "grf_walks: starts x nodes x lengths exceed 2^63: give fewer start nodes at a time");
   Tensor ptr = torch::stable::new_empty(args.start, {args.num_starts + 1});
   if (total == 0) {
     STD_CUDA_CHECK(cudaMemsetAsync(write<int64_t>(ptr), 0, sizeof(int64_t) * (args.num_starts + 1), args.stream));
     return {ptr, torch::stable::new_empty(args.start, {0}), torch::stable::new_empty(args.start, {0}, ScalarType::Int),
             torch::stable::new_empty(weight, {0})};
   }
-  Tensor keys = torch::stable::new_empty(args.start, {2 * total}), loads = torch::stable::new_empty(weight, {2 * total});
+  Tensor keys = torch::stable::new_empty(args.start, {2 * total});
+  Tensor loads = torch::stable::new_empty(weight, {2 * total});
   uint64_t *key = reinterpret_cast<uint64_t*>(write<int64_t>(keys)), *sorted_key = key + total;
   T *load = write<T>(loads), *sorted_load = load + total;
   walk_all(args, Load<T>{index_data(sizes.ptr), read<T>(weight), args.laws.units, num_nodes, num_lengths, key, load});
@@ -416,8 +427,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> deposits(const GrfArgs& args, const T
     while (bits < 63 && uint64_t(keys_needed) >> bits) ++bits;
     size_t bytes = 0;
     const auto pass = [&](void* temporary) {
-      STD_CUDA_CHECK(cub::DeviceRadixSort::SortPairs(temporary, bytes, key, sorted_key, load, sorted_load, total, 0, bits,
-                                                     args.stream));
+      STD_CUDA_CHECK(cub::DeviceRadixSort::SortPairs(temporary, bytes, key, sorted_key, load, sorted_load, total, 0,
+                                                     bits, args.stream));
     };
     pass(nullptr);  // tells the size
     Tensor temporary = torch::stable::new_empty(args.start, {std::max<int64_t>(1, int64_t(bytes))}, ScalarType::Byte);
@@ -431,9 +442,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> deposits(const GrfArgs& args, const T
   Tensor col = torch::stable::new_empty(args.start, {different});
   Tensor length = torch::stable::new_empty(args.start, {different}, ScalarType::Int);
   Tensor value = torch::stable::new_empty(weight, {different});
-  sum_kernel<T><<<grid_of(total), kThreads, 0, args.stream>>>(sorted_key, sorted_load, slots, total, num_nodes, num_lengths,
-                                                              T(args.laws.num_walks), write<int64_t>(col),
-                                                              write<int32_t>(length), write<T>(value));
+  sum_kernel<T><<<grid_of(total), kThreads, 0, args.stream>>>(
+      sorted_key, sorted_load, slots, total, num_nodes, num_lengths, T(args.laws.num_walks), write<int64_t>(col),
+      write<int32_t>(length), write<T>(value));
   STD_CUDA_KERNEL_LAUNCH_CHECK();
   rows_kernel<<<grid_of(args.num_starts + 1), kThreads, 0, args.stream>>>(
       sorted_key, slots, total, args.num_starts, uint64_t(num_nodes) * uint64_t(num_lengths), write<int64_t>(ptr));
@@ -443,11 +454,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> deposits(const GrfArgs& args, const T
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> grf_walks_cuda(
     const Tensor& rowptr, const Tensor& col, const Tensor& start, const Tensor& weight_,
-    const std::optional<Tensor>& node_key, const std::optional<Tensor>& units, const Tensor& halt_below, int64_t num_walks,
-    int64_t seed, int64_t first_walk, int64_t max_length, int64_t flags) {
+    const std::optional<Tensor>& node_key, const std::optional<Tensor>& units, const Tensor& halt_below,
+    int64_t num_walks, int64_t seed, int64_t first_walk, int64_t max_length, int64_t flags) {
   const DeviceGuard guard(start.get_device_index());
-  const GrfArgs args = checked("grf_walks", rowptr, col, start, node_key, std::nullopt, units, halt_below, num_walks, seed,
-                               first_walk, max_length, flags);
+  const GrfArgs args = checked("grf_walks", rowptr, col, start, node_key, std::nullopt, units, halt_below, num_walks,
+                               seed, first_walk, max_length, flags);
   STD_TORCH_CHECK(weight_.is_cuda() && weight_.dim() == 1 && weight_.numel() == col.numel(),
                   "grf_walks: weight must have one entry per edge, on the GPU");
   const Tensor weight = torch::stable::contiguous(weight_);
@@ -457,15 +468,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> grf_walks_cuda(
 }
 
 std::tuple<Tensor, Tensor, Tensor> grf_paths_cuda(const Tensor& rowptr, const Tensor& col, const Tensor& start,
-                                                  const std::optional<Tensor>& node_key, const std::optional<Tensor>& walk,
+                                                  const std::optional<Tensor>& node_key,
+                                                  const std::optional<Tensor>& walk,
                                                   const std::optional<Tensor>& units, const Tensor& halt_below,
-                                                  int64_t num_walks, int64_t seed, int64_t first_walk, int64_t max_length,
-                                                  int64_t flags) {
+                                                  int64_t num_walks, int64_t seed, int64_t first_walk,
+                                                  int64_t max_length, int64_t flags) {
   const DeviceGuard guard(start.get_device_index());
   const GrfArgs args = checked("grf_paths", rowptr, col, start, node_key, walk, units, halt_below, num_walks, seed,
                                first_walk, max_length, flags);
   const Sizes sizes = count_all(args);
-  Tensor node = torch::stable::new_empty(args.start, {sizes.total}), edge = torch::stable::new_empty(args.start, {sizes.total});
+  Tensor node = torch::stable::new_empty(args.start, {sizes.total});
+  Tensor edge = torch::stable::new_empty(args.start, {sizes.total});
   walk_all(args, Path{index_data(sizes.ptr), write<int64_t>(node), write<int64_t>(edge)});
   return {sizes.ptr, node, edge};
 }

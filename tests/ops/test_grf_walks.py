@@ -2,10 +2,12 @@ from __future__ import annotations
 
 import itertools
 import math
+import time
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from geo import _native
 from geo.ops import (
@@ -74,7 +76,7 @@ def equal(left: tuple[Tensor, ...], right: tuple[Tensor, ...]) -> bool:
     return all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(left, right, strict=True))
 
 
-def test_path_of_two_nodes():
+def test_oracle_6_path_of_two_nodes():
     """P(length >= 1) = 1 - p, and the load is c / (1 - p) exactly."""
     c, p, walks = 0.375, 0.25, 4000
     rowptr, col, weight = torch.tensor([0, 1, 2]), torch.tensor([1, 0]), torch.tensor([c, c])
@@ -94,7 +96,7 @@ def test_path_of_two_nodes():
 
 @pytest.mark.parametrize(("coupling", "proposal", "choice"), LAWS)
 @pytest.mark.parametrize("survival", [None, [1.0, 0.9, 0.5, 0.3]])
-def test_mean_of_deposits(coupling, proposal, choice, survival):
+def test_oracle_2_mean_of_deposits(coupling, proposal, choice, survival):
     """E[M_l] = U^l, as a z-test over repeats; some weights are 0."""
     matrix = weighted_digraph(6)
     rowptr, col, weight = csr_of(matrix)
@@ -179,6 +181,78 @@ def test_many_walks_and_long_rows(coupling):
         moved = ends[ends > 0]
         assert len(moved) > 300
         assert len(moved.unique()) == len(moved)
+
+
+@pytest.mark.skipif(not _native.have("cpu"), reason="no compiled CPU kernels")
+def test_more_nodes_than_three_bytes_count():
+    """Many deposits of a row are sorted by the bytes of the node: here all four of them."""
+    num_nodes = 2**24 + 2
+    nodes = torch.arange(num_nodes - 300, num_nodes)
+    rowptr = torch.zeros(num_nodes + 1, dtype=torch.int64)
+    rowptr[-300:] = torch.arange(1, 301) * 300
+    col, weight = nodes.flip(0).repeat(300), torch.full((90000,), 0.5 / 300)
+    options = {"num_walks": 400, "seed": 0, "coupling": "iid"}
+    out = grf_walks(rowptr, col, weight, nodes[-1:], **options)
+    assert len(out.col) > 200
+    assert equal(out, grf_walks_reference(rowptr, col, weight, nodes[-1:], **options))
+
+
+@pytest.mark.skipif(not _native.have("cpu"), reason="no compiled CPU kernels")
+def test_time_of_repelling_walks_grows_with_their_number():
+    num_nodes = 10**5
+    spokes = torch.stack([torch.zeros(num_nodes - 1, dtype=torch.int64), torch.arange(1, num_nodes)])
+    index = torch.cat([spokes, spokes.flip(0)], dim=1)
+    rowptr, perm = csr_from_index(index[0], num_nodes)
+    args = (rowptr, index[1][perm], torch.full((index.size(1),), 0.1), torch.tensor([0]))
+    options = {"num_walks": 32000, "seed": 2, "coupling": "repelling"}
+    begin = time.process_time()
+    out = grf_walks(*args, **options)
+    assert time.process_time() - begin < 0.4  # a second where each walk goes back over all before it
+    assert equal(out, grf_walks_reference(*args, **options))
+
+
+@pytest.mark.parametrize("num_walks", [60, 70, 500])
+def test_many_repelling_walks_in_short_rows(num_walks):
+    """Many walks at few nodes with few edges: blocks of all sizes, of all nodes at once."""
+    rowptr, col, weight = csr_of(weighted_digraph(40, 0.4).float())
+    options = {"num_walks": num_walks, "seed": 4, "p_halt": 0.1, "coupling": "repelling"}
+    start = torch.tensor([0, 39, 3, 3])
+    assert equal(
+        grf_paths(rowptr, col, None, start, **options), grf_paths_reference(rowptr, col, None, start, **options)
+    )
+    assert equal(
+        grf_walks(rowptr, col, weight, start, **options), grf_walks_reference(rowptr, col, weight, start, **options)
+    )
+
+
+@pytest.mark.parametrize("coupling", COUPLINGS)
+def test_long_rows_with_units_and_keys(device, coupling):
+    generator = torch.Generator().manual_seed(0)
+    rowptr, col, weight = (t.to(device) for t in csr_of(weighted_digraph(400, 0.9)))
+    options = {
+        "num_walks": 300,
+        "seed": 4,
+        "p_halt": 0.2,
+        "proposal": "weight",
+        "coupling": coupling,
+        "node_key": torch.randperm(400, generator=generator).to(device),
+    }
+    args = (rowptr, col, weight, torch.tensor([0, 399, 3], device=device))
+    assert equal(grf_walks(*args, **options), grf_walks_reference(*args, **options))
+
+
+@pytest.mark.parametrize("coupling", COUPLINGS)
+@pytest.mark.parametrize("proposal", ["uniform", "weight"])
+def test_walks_of_other_numbers_are_independent(coupling, proposal):
+    """The mean of the product of the deposits of two sets is the product of their means, on the diagonal, too."""
+    matrix = weighted_digraph(4, 0.9)
+    repeats, options = 12000, {"num_walks": 2, "seed": 7, "coupling": coupling, "proposal": proposal}
+    many = copies(csr_of(matrix), repeats)
+    one, two = (powers_of(grf_walks(*many, **options, first_walk=k), 4, 4).sum(1) for k in (0, 2))
+    exact = sum(torch.linalg.matrix_power(matrix, k) for k in range(4))
+    samples = torch.einsum("rik,rjk->rij", one, two)
+    z = (samples.mean(0) - exact @ exact.t()) / (samples.std(0) / math.sqrt(repeats))
+    assert z.abs().max() < 4.5
 
 
 def test_rows_are_sorted_and_coalesced():
@@ -433,6 +507,44 @@ def test_gradient_of_weights(coupling, proposal):
         torch.autograd.gradgradcheck(lambda w: grf_walks(rowptr, col, w, **options).value, leaf)
 
 
+class NoCollisions(TorchDispatchMode):
+    """Refuses to add several numbers at one place: on CUDA, and on threads, their order would be left to chance."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__.rstrip("_")
+        if name in ("index_add", "scatter_add", "scatter_reduce", "embedding_dense_backward"):
+            index = args[2]
+        elif name in ("index_put", "_index_put_impl", "_unsafe_index_put") and len(args) > 3 and args[3]:
+            (index,) = args[1]
+        else:
+            index = torch.arange(1)
+        if args and isinstance(args[0], Tensor) and args[0].is_floating_point():
+            assert len(index.unique()) == len(index), name
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("coupling", ["iid", "antithetic+repelling"])
+def test_gradients_are_summed_in_a_fixed_order(device, coupling):
+    """Bit for bit the same on any number of threads, without torch's slower deterministic algorithms."""
+    rowptr, col, weight = (t.to(device) for t in csr_of(weighted_digraph(300, 0.02).float()))
+    leaf, threads, results = weight.requires_grad_(), torch.get_num_threads(), []
+    cotangent = None
+    torch.use_deterministic_algorithms(False)
+    try:
+        for count in (1, 2, 4, 4):
+            torch.set_num_threads(count)
+            with NoCollisions():
+                out = grf_walks(rowptr, col, leaf, num_walks=200, seed=1, coupling=coupling, p_halt=0.1)
+                cotangent = torch.randn_like(out.value) if cotangent is None else cotangent
+                (gradient,) = torch.autograd.grad(out.value, leaf, cotangent, create_graph=True)
+                (second,) = torch.autograd.grad(gradient.square().sum(), leaf)
+            results.append((out.value.detach(), gradient.detach(), second))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert equal(results[0], other)
+
+
 def test_half_precision():
     rowptr, col, weight = csr_of(weighted_digraph(10).float())
     for dtype in (torch.bfloat16, torch.float16):
@@ -492,6 +604,38 @@ def test_compile(device):
         assert torch.equal(compiled(start, seed), walk(start, seed))
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch looks behind the break
+def test_compile_with_a_gradient(device):
+    rowptr, col, weight = (t.to(device) for t in csr_of(weighted_digraph(8)))
+
+    def loss(weight: Tensor) -> Tensor:
+        return grf_walks(rowptr, col, weight * 2, num_walks=4, seed=0).value.square().sum()
+
+    leaf = weight.requires_grad_()
+    (expected,) = torch.autograd.grad(loss(leaf), leaf)
+    (gradient,) = torch.autograd.grad(torch.compile(loss, backend="aot_eager")(leaf), leaf)
+    assert torch.equal(gradient, expected)
+    torch._dynamo.reset()
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="grf_walks: how many steps there are"):
+        torch.compile(loss, backend="aot_eager", fullgraph=True)(leaf)
+
+
+@pytest.mark.skipif(not _native.have("cpu"), reason="no compiled CPU kernels")
+def test_rows_that_overlap():
+    """Where no walk meets them, results do not depend on them, whether there are few steps or many."""
+    bad, rowptr = torch.tensor([0, 4, 6, 3, 6]), torch.tensor([0, 4, 6, 6, 6])
+    tail = (torch.tensor([0, 0, 0, 0, 3, 3]), torch.arange(1.0, 7.0))
+    start = torch.tensor([0])
+    for num_walks in (2, 400):
+        options = {"num_walks": num_walks, "seed": 0, "coupling": "iid", "max_length": 9}
+        assert equal(grf_walks(bad, *tail, start, **options), grf_walks(rowptr, *tail, start, **options))
+        assert equal(grf_paths(bad, *tail, start, **options), grf_paths(rowptr, *tail, start, **options))
+        for walk, weight in ((grf_walks, tail[1].requires_grad_()), (grf_walks_reference, tail[1].detach())):
+            with pytest.raises(IndexError, match=r"grf_walks: rowptr\[3\] = 3 is out of range \[6, 6\]"):
+                walk(bad, tail[0], weight, start, **options)
+        tail[1].requires_grad_(False)
+
+
 @pytest.mark.parametrize("walk", [grf_walks, grf_walks_reference, grf_paths, grf_paths_reference])
 @pytest.mark.parametrize("num_walks", [2, 200])  # without and with the packed copy
 def test_bad_indices(device, walk, num_walks):
@@ -507,7 +651,9 @@ def test_bad_indices(device, walk, num_walks):
     refused(r"col\[1\] = 3 is out of range \[0, 2\]", col=torch.tensor([1, 3, 0], device=device))
     refused(r"col\[2\] = -9 is out of range \[0, 2\]", col=torch.tensor([1, 2, -9], device=device))
     refused(r"col\[0\] = 4294967297 is out of range", col=torch.tensor([2**32 + 1, 2, 0], device=device))
-    refused(r"rowptr\[3\] = 4 is out of range \[2, 3\]", rowptr=torch.tensor([0, 1, 2, 4], device=device))
+    refused(r"rowptr\[3\] = 4 is out of range \[3, 3\]", rowptr=torch.tensor([0, 1, 2, 4], device=device))
+    refused(r"rowptr\[3\] = 2 is out of range \[3, 3\]", rowptr=torch.tensor([0, 1, 2, 2], device=device))
+    refused(r"rowptr\[0\] = 1 is out of range \[0, 0\]", rowptr=torch.tensor([1, 1, 2, 3], device=device))
     refused(r"rowptr\[1\] = -1 is out of range \[0, 3\]", rowptr=torch.tensor([0, -1, 2, 3], device=device))
     for options in ({"proposal": "weight"}, {"choice": "rendezvous", "coupling": "iid"}):
         with pytest.raises(IndexError, match=r"col\[1\] = 3 is out of range \[0, 2\]"):
@@ -523,6 +669,16 @@ REFUSALS = [
     ({"num_walks": 3}, r"needs an even number, got 3: take one more, or coupling='repelling'"),
     ({"num_walks": 0}, r"num_walks: expected at least 1, got 0"),
     ({"first_walk": -1}, r"first_walk: expected a number of at least 0, got -1"),
+    ({"first_walk": 2**32 - 1}, r"first_walk: walks have numbers below 2\^32, got 2 from 4294967295 on: take another"),
+    ({"first_walk": 2**40}, r"first_walk: walks have numbers below 2\^32, got 2 from 1099511627776 on"),
+    ({"num_walks": 2.0}, r"num_walks: expected an integer, got 2\.0"),
+    ({"num_walks": True}, r"num_walks: expected an integer, got True"),
+    ({"seed": 1.5}, r"seed: expected an integer, got 1\.5"),
+    ({"max_length": 3.0}, r"max_length: expected an integer, got 3\.0"),
+    ({"p_halt": 1e-12}, r"p_halt: with this walks halt with probability 2\.3e-10 before a step and take 4e\+09 steps"),
+    ({"p_halt": 9e-7}, r"take 1e\+06 steps: give max_length, or a probability of at least 1e-06"),
+    ({"survival": [1, 1 - 1e-12]}, r"survival: with the last ratio walks halt with probability 2\.3e-10 before a step"),
+    ({"survival": torch.ones(1, 2)}, r"survival: expected one axis, got \[1, 2\]"),
     ({"max_length": -1}, r"max_length: expected None or a number from 0 to 2147483647, got -1"),
     (
         {"coupling": "q"},

@@ -314,6 +314,8 @@ def test_refusals():
             walk(rowptr[:0], col, start, 2, seed=0)
         with pytest.raises(ValueError, match=r"node_key: expected 2 entries, one for each start, got 1"):
             walk(rowptr, col, start, 2, seed=0, node_key=start[:1])
+        with pytest.raises(ValueError, match=r"first_walk: walks have numbers below 2\^32, got 3 from 4294967294 on"):
+            walk(rowptr, col, start, 1, 3, seed=0, first_walk=2**32 - 2)
         for name in ("walk_length", "num_walks", "first_walk"):
             with pytest.raises(ValueError, match=rf"{name}: expected a number of at least 0, got -1"):
                 walk(rowptr, col, start, **{"walk_length": 2, "seed": 0, name: -1})

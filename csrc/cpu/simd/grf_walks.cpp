@@ -1,7 +1,7 @@
 // Leaf kernels of the walks of graph random features, compiled once per SIMD level (see vec.h).
 //
-// The walks of many starts go in lockstep, so that their cache misses overlap and their draws fill vectors. Each pass does
-// one thing for all of them, and asks for the memory that the next one needs.
+// The walks of many starts go in lockstep, so that their cache misses overlap and their draws fill vectors. Each pass
+// does one thing for all of them, and asks for the memory that the next one needs.
 #include "../grf_walks_table.h"
 
 #include "random_lane.h"
@@ -16,7 +16,8 @@ typedef int32_t vint_loose __attribute__((vector_size(GEO_VECTOR_BYTES), aligned
 constexpr int kInts = GEO_VECTOR_BYTES / 4;
 
 GEO_NOINLINE void note(Outcome* outcome, int fault, int64_t position) {
-  if (outcome->fault >= 0 && (outcome->fault < fault || (outcome->fault == fault && outcome->position <= position))) return;
+  if (outcome->fault >= 0 && (outcome->fault < fault || (outcome->fault == fault && outcome->position <= position)))
+    return;
   *outcome = {fault, position};
 }
 
@@ -79,8 +80,9 @@ int64_t depart(const GrfGraph& graph, const GrfBatch& batch, int64_t count, uint
   return to;
 }
 
-// Which walks of one start stand at one node.
-void group(const GrfBatch& batch, int64_t count) {
+// Which walks of one start stand at one node. Returns the most that do.
+int32_t group(const GrfBatch& batch, int64_t count) {
+  int32_t most = 0;
   const uint64_t mask = uint64_t(batch.num_heads - 1);
   for (int64_t i = 0; i < batch.num_heads; ++i) batch.head[i] = -1;
   int64_t begin = 0;  // of the walks of this start
@@ -96,8 +98,60 @@ void group(const GrfBatch& batch, int64_t count) {
     batch.place[i] = found ? batch.place[at] + 1 : 0;
     batch.chain[i] = head;
     head = int32_t(i);
+    most = batch.place[i] < most ? most : batch.place[i] + 1;
+  }
+  return most;
+}
+
+// The slots of repelling walks, in batch.target. Few at a node: back over all that came before.
+void take_slots_of_few(const GrfBatch& batch, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t degree = batch.degree[i];
+    int64_t place = batch.place[i];
+    if (place >= degree) place %= degree;
+    int64_t slot = place + below(batch.choice[i], degree - place);
+    batch.target[i] = slot;
+    int64_t at = i;
+    for (int64_t other = place - 1; other >= 0; --other) {
+      at = batch.before[at];
+      slot = follow_swap(slot, batch.target[at], other);
+    }
+    batch.edge[i] = batch.begin[i] + slot;
   }
 }
+
+// Many: over the swaps of the slot alone. The walks of a block are found by the hash of their target, the last one
+// first, in what held those at a node: `first` becomes the first walk of the block, `place` the place in it, `before` the
+// last walk whose target is this place.
+void take_slots_of_many(const GrfBatch& batch, int64_t count) {
+  const uint64_t mask = uint64_t(batch.num_heads - 1);
+  for (int64_t i = 0; i < batch.num_heads; ++i) batch.head[i] = -1;
+  const auto head_of = [&](int32_t block, int64_t target) -> int32_t& {
+    return batch.head[((uint64_t(block) + (uint64_t(target) << 32)) * 0x9E3779B97F4A7C15u >> 40) & mask];
+  };
+  const auto last_with = [&](int32_t block, int64_t target) {
+    int32_t at = head_of(block, target);
+    while (at >= block && (batch.first[at] != block || batch.target[at] != target)) at = batch.chain[at];
+    return at >= block ? at : -1;
+  };
+  for (int64_t i = 0; i < count; ++i) {
+    const int32_t place = int32_t(batch.place[i] % batch.degree[i]);
+    const int32_t block = place ? batch.first[batch.before[i]] : int32_t(i);
+    int64_t slot = place + below(batch.choice[i], batch.degree[i] - place);
+    const int32_t same = last_with(block, slot);
+    batch.before[i] = slot == place ? same : last_with(block, place);
+    batch.target[i] = slot;
+    batch.first[i] = block;
+    batch.place[i] = place;
+    int32_t& head = head_of(block, slot);
+    batch.chain[i] = head;
+    head = int32_t(i);
+    for (int32_t at = same; at >= 0; at = batch.before[at]) slot = batch.place[at];
+    batch.edge[i] = batch.begin[i] + slot;
+  }
+}
+
+constexpr int32_t kFewAtNode = 64;
 
 template <class I>
 void choose(const GrfGraph& graph, const GrfBatch& batch, int64_t count, int64_t flags) {
@@ -135,21 +189,11 @@ void choose(const GrfGraph& graph, const GrfBatch& batch, int64_t count, int64_t
       batch.edge[i] = edge_at(graph.units, batch.begin[i], batch.degree[i], point);
     }
   } else {
-    group(batch, count);
-    for (int64_t i = 0; i < count; ++i) {
-      const int64_t degree = batch.degree[i];
-      int64_t place = batch.place[i];
-      if (place >= degree) place %= degree;
-      int64_t slot = place + below(batch.choice[i], degree - place);
-      batch.target[i] = slot;
-      int64_t at = i;
-      for (int64_t other = place - 1; other >= 0; --other) {
-        at = batch.before[at];
-        slot = follow_swap(slot, batch.target[at], other);
-      }
-      batch.edge[i] = batch.begin[i] + slot;
-      __builtin_prefetch(column<I>(graph, batch.edge[i]));
-    }
+    if (group(batch, count) <= kFewAtNode)
+      take_slots_of_few(batch, count);
+    else
+      take_slots_of_many(batch, count);
+    for (int64_t i = 0; i < count; ++i) __builtin_prefetch(column<I>(graph, batch.edge[i]));
   }
 }
 
@@ -227,7 +271,7 @@ void order_few(const uint32_t* col, int64_t count, uint64_t* order) {
 // Many: a stable radix sort by bytes.
 uint64_t* order_many(const uint32_t* col, int64_t count, int64_t num_nodes, uint64_t* order, uint64_t* other) {
   for (int64_t i = 0; i < count; ++i) order[i] = uint64_t(col[i]) << 32 | uint64_t(i);
-  for (int shift = 32; shift == 32 || (uint64_t(num_nodes - 1) << 32) >> shift; shift += 8) {
+  for (int shift = 32; shift < 64 && (shift == 32 || uint64_t(num_nodes - 1) >> (shift - 32)); shift += 8) {
     int32_t start[256] = {};
     for (int64_t i = 0; i < count; ++i) ++start[order[i] >> shift & 255];
     int32_t sum = 0;
