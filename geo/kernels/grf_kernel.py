@@ -46,7 +46,8 @@ class GRFKernel:
             the two directions of an edge, or the graph becomes a directed one.
         num_nodes: Number of nodes (default: the largest in ``edge_index`` plus one).
         num_walks: m, walks from each node and set.
-        p_halt: Probability that a walk halts before each step. Long-range kernels need a small one: see the warning.
+        p_halt: Probability that a walk halts before each step. Long-range kernels need a small one: a warning tells
+            where the variance is infinite, and where the error is estimated to be larger than the kernel.
         coupling: ``'iid'``, ``'antithetic'``, ``'repelling'`` or ``'antithetic+repelling'``, as in
             :func:`geo.ops.grf_walks`; the last has the smallest error and needs an even ``num_walks``.
         proposal: ``'uniform'``, or ``'weight'``: steps in proportion to \|W\|, for weights that differ much.
@@ -507,7 +508,9 @@ class GRFKernel:
             second = first.transposed(
                 self._dense_matrix(self._transpose, step_squares(self._transpose, self._options["proposal"]))
             )
-        f1, f2 = max((walks.modulations(self.series) for walks in (first, second)), key=lambda pair: len(pair[0]))
+        f1, f2 = first.modulations(self.series)
+        if second is not first:  # each set goes on as long as its own loads matter
+            f1, f2 = max((f1, f2), second.modulations(self.series), key=lambda pair: len(pair[0]))
         return first, second, f1.detach(), f2.detach()
 
     def exact_variance(self) -> Tensor:
