@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from geo.nn.mlp import MLP
+from geo.ops import bounds, gru_merge
 
 _BLOCK = 512  # pairs whose gates stay in the cache of a core from product to result: 2.5 times as fast as all at once
 
@@ -84,8 +85,9 @@ class BinaryGRU(Monoid):
     construction; that it is associative and has an identity can only be learned, see
     :func:`geo.nn.associativity_loss` and :func:`geo.nn.identity_loss`.
 
-    Both ways share one matrix product. What differs from the paper: nothing; ``weight`` and ``bias`` hold
-    :class:`torch.nn.GRUCell`'s ``weight_ih`` and ``weight_hh`` one above the other, and so the biases.
+    Both ways share one matrix product; a level of a tree is one :func:`geo.ops.gru_merge`. What differs from the paper:
+    nothing; ``weight`` and ``bias`` hold :class:`torch.nn.GRUCell`'s ``weight_ih`` and ``weight_hh`` one above the
+    other, and so the biases.
 
     Args:
         channels: C.
@@ -126,6 +128,8 @@ class BinaryGRU(Monoid):
 
     def merge(self, x: Tensor, left: Tensor, right: Tensor) -> Tensor:
         """The products of rows of ``x``, as ``forward(x[left], x[right])``."""
+        if x.dim() == 2 and not bounds.in_functorch():
+            return gru_merge(x, left, right, self.weight, self.bias).to(x.dtype)
         pairs = x.index_select(0, torch.stack([left, right], dim=1).flatten())
         return self._products(pairs.view(left.size(0), 2, *x.shape[1:]))
 
