@@ -80,6 +80,21 @@ def test_equals_reference(device, dtype, num_edges):
         check_op(gather_mul, gather_mul_reference, (x, g, plan.src_index, plan.index), factor=2)
 
 
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_rows_of_one_number(device, dtype):
+    """They take a path of their own."""
+    plan = graph(200, 31, 17, device)
+    ordered = SegmentPlan(plan.index.sort().values, 17, plan.src_index, 31)
+    x, w = torch.randn(31, 1).to(device, dtype), torch.randn(200, 1).to(device, dtype)
+    for chosen in (plan, ordered):
+        assert (chosen.perm is None) == (chosen is ordered)
+        check_op(with_plan(chosen), reference(chosen), (x, w), factor=2)
+        wide = gather_mul_segment_sum(x.expand(31, 33), w.expand(200, 33), plan=chosen)
+        assert_close(gather_mul_segment_sum(x, w, plan=chosen), wide[:, :1])
+        with pytest.raises(IndexError, match="src_index"):
+            gather_mul_segment_sum(x[:3], w, plan.src_index, chosen.ptr, chosen.perm)
+
+
 def test_sorted_edges_take_no_perm(device):
     index = torch.tensor([0, 0, 1, 3, 3], device=device)
     src = torch.tensor([2, 0, 1, 1, 2], device=device)
