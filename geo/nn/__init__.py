@@ -20,6 +20,7 @@ from geo.nn.learnable_modulation import LearnableModulation
 from geo.nn.mamba import BiMamba, SelectiveSSM
 from geo.nn.monoids import (
     BinaryGRU,
+    CircularConv,
     ElementwiseMonoid,
     KSmallest,
     LogSumExp,
@@ -58,6 +59,7 @@ if TYPE_CHECKING:
     from geo.nn.gps_conv import GPSGlobalConv, GPSMambaConv
     from geo.nn.graph_mamba import GraphMamba
     from geo.nn.monoid_aggregation import (
+        MonoidAggregation,
         associativity_loss,
         from_pyg_lcm,
         identity_loss,
@@ -71,6 +73,7 @@ __all__ = [
     "PONITA",
     "BiMamba",
     "BinaryGRU",
+    "CircularConv",
     "ConvNeXtBlock",
     "EigenvectorPE",
     "ElementwiseMonoid",
@@ -92,6 +95,7 @@ __all__ = [
     "MeanAggregation",
     "MinAggregation",
     "Monoid",
+    "MonoidAggregation",
     "MulAggregation",
     "MultiAggregation",
     "NodeOrder",
@@ -123,7 +127,6 @@ __all__ = [
 ]
 
 _LAZY = {
-    "CircularConv": "geo.nn.monoids",
     "GINE": "geo.nn.gine",
     "GPSGlobalConv": "geo.nn.gps_conv",
     "GPSMambaConv": "geo.nn.gps_conv",
