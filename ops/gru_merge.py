@@ -30,9 +30,10 @@ def gru_merge(x: Tensor, left: Tensor, right: Tensor, weight: Tensor, bias: Tens
         r &= \sigma(W_r a + U_r b + \dots), \quad z = \sigma(W_z a + U_z b + \dots), \\
         n &= \tanh(W_n a + w_n + r \odot (U_n b + u_n)), \quad g(a, b) = (1 - z) \odot n + z \odot b
 
-    Commutative bit for bit. Memory is that of the results, also for the gradient, which is exact where rows occur many
-    times as well. Results are bitwise the same on any number of threads. Second derivatives, of any order, run in plain
-    PyTorch.
+    Commutative bit for bit. On the CPU r and z come from sums and differences of rows and of weights: their error is
+    relative to the larger row and the larger weight, so scale rows alike. Memory is that of the results and of some
+    tens of weights, also for the gradient, which is exact where rows occur many times as well. Results are bitwise the
+    same on any number of threads. Second derivatives, of any order, run in plain PyTorch.
 
     Args:
         x: floating [R, F].
@@ -176,9 +177,10 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    x, left, right, _, _ = ctx.saved_tensors
+    saved = ctx.saved_tensors  # read once: a checkpoint around this op gives them out once
+    x, left, right, _, _ = saved
     need = ctx.needs_input_grad[0]
-    sides, by_weight, by_bias = torch.ops.geo.gru_merge_backward(grad, *ctx.saved_tensors, need)
+    sides, by_weight, by_bias = torch.ops.geo.gru_merge_backward(grad, *saved, need)
     by_x = torch.ops.geo.scatter_sum(sides, torch.cat([left, right]), x.size(0), False) if need else None
     return by_x, None, None, by_weight, by_bias
 

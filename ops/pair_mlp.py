@@ -102,11 +102,11 @@ def _prepare(
         if list(bias.shape) != [width]:
             raise ValueError(f"pair_mlp: biases[{i}] must be [{width}], got {list(bias.shape)}")
     first = () if first_bias is None else (first_bias,)
-    layers = [t for pair in zip(weights, biases, strict=True) for t in pair]
+    layers = [*first, *(t for pair in zip(weights, biases, strict=True) for t in pair)]
     check_one_device(
-        "pair_mlp", eigvecs=eigvecs, filters=filters, ptr=ptr, **{f"layer {i}": t for i, t in enumerate(layers)}
+        "pair_mlp", eigvecs=eigvecs, filters=filters, ptr=ptr, **{f"parameter {i}": t for i, t in enumerate(layers)}
     )
-    given = promote(eigvecs, filters, *first, *layers)
+    given = promote(eigvecs, filters, *layers)
     eigvecs, filters, *params = map(widen, given)
     flat = torch.cat([p.flatten() for p in params]) if params else eigvecs.new_zeros(0)
     return (eigvecs, filters, ptr, flat, widths, first_bias is not None), given[0].dtype

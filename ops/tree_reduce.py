@@ -80,7 +80,8 @@ class TreePlan:
 
     def __init__(self, ptr: Tensor, num_rows: int | None = None) -> None:
         _check_ptr("TreePlan", ptr)
-        self.num_rows = int(ptr[-1]) if num_rows is None else num_rows
+        ptr = ptr.clone()  # the caller may write into theirs
+        self.num_rows = max(int(ptr[-1]), 0) if num_rows is None else num_rows
         bounds.check_ptr("TreePlan", ptr, self.num_rows)
         self.ptr, self.num_segments = ptr, ptr.size(0) - 1
         length = ptr.diff()

@@ -58,7 +58,7 @@ class MonoidAggregation(Aggregation):
 
     With `num_orders` the outputs for that many shuffles are averaged.
 
-    The plan of the trees is kept for the next call, and used if that has the same index, or `ptr`, unchanged.
+    The plan of the trees is kept for the next call, and used if that has an equal index, or `ptr`.
     ``forward(..., plan=)`` takes a :class:`geo.ops.TreePlan` of sorted elements in place of both.
 
     Args:
@@ -129,7 +129,7 @@ class MonoidAggregation(Aggregation):
         self._widths(in_channels, out_channels)
         self.identity = self._set_identity(identity)
         self.last_states = None
-        self._latest: tuple[Tensor, tuple[int | None, int | None, bool], _Segments] | None = None
+        self._latest: tuple[Tensor, tuple[int | None, bool], _Segments] | None = None
 
     def _widths(self, in_channels: int | None, out_channels: int | None) -> None:
         name, taken = _name(self.op), getattr(self.op, "channels", None)
@@ -254,17 +254,19 @@ class MonoidAggregation(Aggregation):
         assert key is not None  # PyG's Aggregation.__call__ puts one index where neither was given
         if ptr is None and key.shape != (num_rows,):
             raise ValueError(f"index: expected one entry for each of {num_rows} elements, got {list(key.shape)}")
-        state = (None if key.is_inference() else key._version, dim_size, ptr is None)
-        if self._latest is not None and state[0] is not None:
+        kind = (dim_size, ptr is None)
+        if self._latest is not None:
             latest, then, segments = self._latest
-            if then == state and _same_memory(latest, key):
+            if then == kind and latest.shape == key.shape and latest.device == key.device and torch.equal(latest, key):
                 return segments
-        if ptr is None:
-            order = SegmentPlan(key, dim_size)
-            segments = _Segments(order.ptr, order.perm, TreePlan(order.ptr, num_rows))
-        else:
-            segments = _Segments(ptr, None, TreePlan(ptr, num_rows))
-        self._latest = (key, state, segments)
+        with torch.inference_mode(False):  # a plan made in validation serves training, too
+            key = key.clone()  # whatever happens to the caller's memory
+            if ptr is None:
+                order = SegmentPlan(key, dim_size)
+                segments = _Segments(order.ptr, order.perm, TreePlan(order.ptr, num_rows))
+            else:
+                segments = _Segments(key, None, TreePlan(key, num_rows))
+        self._latest = (key, kind, segments)
         return segments
 
     @torch.compiler.disable
@@ -301,16 +303,6 @@ def _name(op: Any) -> str:
 
 def _width(op: Any, channels: int) -> int:
     return int(op.width(channels)) if hasattr(op, "width") else channels
-
-
-def _same_memory(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors, both alive, are the same entries."""
-    return (
-        a.data_ptr() == b.data_ptr()
-        and a.shape == b.shape
-        and a.stride() == b.stride()
-        and (a.dtype, a.device) == (b.dtype, b.device)
-    )
 
 
 def _random(seed: int, number: int, ptr: Tensor) -> Tensor:

@@ -10,9 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from geo.nn.mlp import MLP
-from geo.ops import bounds, gru_merge
-
-_BLOCK = 512  # pairs whose gates stay in the cache of a core from product to result: 2.5 times as fast as all at once
+from geo.ops import bounds, gru_merge, gru_merge_reference
 
 
 class Monoid(nn.Module):
@@ -85,7 +83,7 @@ class BinaryGRU(Monoid):
     construction; that it is associative and has an identity can only be learned, see
     :func:`geo.nn.associativity_loss` and :func:`geo.nn.identity_loss`.
 
-    Both ways share one matrix product; a level of a tree is one :func:`geo.ops.gru_merge`. What differs from the paper:
+    A level of a tree is one :func:`geo.ops.gru_merge`. What differs from the paper:
     nothing; ``weight`` and ``bias`` hold :class:`torch.nn.GRUCell`'s ``weight_ih`` and ``weight_hh`` one above the
     other, and so the biases.
 
@@ -122,35 +120,18 @@ class BinaryGRU(Monoid):
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         """The product of each row of ``a`` and the same row of ``b``."""
-        if a.dim() == 1:
-            return self._products(torch.stack([a, b]).unsqueeze(0)).squeeze(0)
-        return self._products(torch.stack([a, b], dim=1))
+        num = a.numel() // self.channels
+        place = torch.arange(num, device=a.device)
+        rows = torch.cat([a.reshape(num, self.channels), b.reshape(num, self.channels)])
+        return self.merge(rows, place, place + num).view(a.shape)
 
     def merge(self, x: Tensor, left: Tensor, right: Tensor) -> Tensor:
         """The products of rows of ``x``, as ``forward(x[left], x[right])``."""
-        if x.dim() == 2 and not bounds.in_functorch():
-            return gru_merge(x, left, right, self.weight, self.bias).to(x.dtype)
-        pairs = x.index_select(0, torch.stack([left, right], dim=1).flatten())
-        return self._products(pairs.view(left.size(0), 2, *x.shape[1:]))
-
-    def _products(self, pairs: Tensor) -> Tensor:
-        if pairs.size(0) > _BLOCK and pairs.device.type == "cpu" and not torch.compiler.is_compiling():
-            return torch.cat([self._block(block) for block in pairs.split(_BLOCK)])
-        return self._block(pairs)
-
-    def _block(self, pairs: Tensor) -> Tensor:
-        a, b = pairs.unbind(1)
-        of_a, of_b = F.linear(pairs, self.weight, self.bias).to(pairs.dtype).unbind(1)
-        return 0.5 * (self._cell(of_a, of_b, b) + self._cell(of_b, of_a, a))
-
-    def _cell(self, of_input: Tensor, of_state: Tensor, state: Tensor) -> Tensor:
-        sizes = [2 * self.channels, self.channels]
-        gates, new, _ = of_input.split([*sizes, 3 * self.channels], dim=-1)
-        _, state_gates, state_new = of_state.split([3 * self.channels, *sizes], dim=-1)
-        reset, update = torch.sigmoid(gates + state_gates).chunk(2, dim=-1)
-        # a copy: autograd would keep all six products of both elements for this one
-        new = torch.tanh(new + reset * state_new.contiguous())
-        return torch.lerp(new, state, update)
+        if x.dim() != 2:
+            return self.forward(x.index_select(0, left), x.index_select(0, right))
+        op = gru_merge_reference if bounds.in_functorch() else gru_merge
+        merged: Tensor = op(x, left, right, self.weight, self.bias)
+        return merged.to(x.dtype)
 
 
 class SymmetricMLP(Monoid):
@@ -458,7 +439,9 @@ class LogSumExp(Monoid):
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         """The product of each row of ``a`` and the same row of ``b``."""
         tau = self.log_temperature.exp().to(a.dtype)
-        return tau * torch.logaddexp(a / tau, b / tau)
+        far = ~(a - b).isfinite()  # one is infinite: the larger is all there is, and quotients would have no gradient
+        near = tau * torch.logaddexp(torch.where(far, 0, a) / tau, torch.where(far, 0, b) / tau)
+        return torch.where(far, torch.maximum(a, b), near)
 
     def identity(self) -> Tensor:
         """Minus infinity."""

@@ -7,8 +7,10 @@ import math
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
+import torch.utils.checkpoint
 import torch_geometric.nn as pyg
 from torch import nn
 from torch_geometric.data import Data
@@ -588,6 +590,35 @@ def test_the_plan_is_kept(monkeypatch):
         aggregation(x, index, dim_size=7)
         index.copy_(edge_index[0])
         assert torch.equal(aggregation(x, index, dim_size=7), build_again(aggregation)(x, index, dim_size=7))
+
+
+def test_a_plan_made_in_validation_serves_training():
+    aggregation = build("GRU")
+    x, index = torch.rand(10, 4, dtype=F64, requires_grad=True), INDEX.clone()
+    with torch.inference_mode():
+        aggregation(x, index)
+    aggregation(x, index).sum().backward()
+    assert x.grad is not None
+
+
+def test_a_plan_does_not_outlive_its_index():
+    aggregation = MonoidAggregation("sum")
+    x, memory = torch.arange(4.0).unsqueeze(1), np.array([0, 0, 0, 1])
+    assert aggregation(x, torch.from_numpy(memory)).flatten().tolist() == [3.0, 3.0]
+    memory[:] = [0, 1, 1, 1]  # no tensor hears of this
+    assert aggregation(x, torch.from_numpy(memory)).flatten().tolist() == [0.0, 6.0]
+    index = torch.tensor([0, 0, 0, 1])
+    aggregation(x, index)
+    index.data.copy_(torch.tensor([0, 1, 1, 1]))
+    assert aggregation(x, index).flatten().tolist() == [0.0, 6.0]
+
+
+def test_inside_a_checkpoint():
+    aggregation = build("GRU")
+    x = torch.rand(10, 4, dtype=F64, requires_grad=True)
+    (expected,) = torch.autograd.grad(aggregation(x, INDEX).sum(), x)
+    out = torch.utils.checkpoint.checkpoint(aggregation, x, INDEX, use_reentrant=False)
+    assert torch.equal(torch.autograd.grad(out.sum(), x)[0], expected)
 
 
 def build_again(aggregation):

@@ -323,3 +323,27 @@ def test_exported_and_documented(thing):
         "https://",
     ):
         assert part in text
+
+
+def test_log_sum_exp_has_gradients_at_its_identity():
+    op = LogSumExp(3).double()
+    x = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
+    loss = geo.nn.identity_loss(op, x, op.identity())
+    loss.backward()
+    assert float(loss.detach()) == 0
+    assert torch.equal(op.log_temperature.grad, torch.zeros(3, dtype=torch.float64))
+    nothing = torch.full((1, 3), -math.inf, dtype=torch.float64)
+    assert torch.equal(op(nothing, nothing), nothing)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_gru_merges_what_it_multiplies(dtype):
+    """One operator for rows with more axes and of another dtype than the weights, under autocast as well."""
+    op, x = BinaryGRU(4), torch.randn(6, 3, 4).to(dtype)
+    left, right = torch.tensor([0, 2, 2]), torch.tensor([1, 3, 5])
+    expected = torch.stack([op.merge(x[:, i], left, right) for i in range(3)], dim=1)
+    assert expected.dtype == dtype
+    assert torch.equal(op.merge(x, left, right), expected)
+    assert torch.equal(op(x[left], x[right]), expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(op(x[left], x[right]), expected)

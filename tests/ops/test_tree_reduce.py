@@ -361,3 +361,13 @@ def test_refused_plans():
 
 def test_exported():
     assert {"TreePlan", "fold", "tree_reduce"} <= set(geo.ops.__all__)
+
+
+def test_a_plan_keeps_its_own_segments():
+    ptr = torch.tensor([0, 2, 4])
+    plan, x = TreePlan(ptr), torch.tensor([1.0, 2.0, 4.0, 8.0])
+    ptr[1] = 1
+    with pytest.raises(ValueError, match="ptr differs"):
+        tree_reduce(x, ptr, torch.add, plan)
+    with pytest.raises(IndexError, match="TreePlan"):
+        TreePlan(torch.tensor([0, -3]))
