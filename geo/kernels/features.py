@@ -107,24 +107,16 @@ class SparseFeatures:
         if other.dim() < 1 or other.size(0) != rows:
             raise ValueError(f"{name}: expected {rows} rows for features {list(self.shape)}, got {list(other.shape)}")
         flat = other.reshape(rows, math.prod(other.shape[1:]))
-        learns = torch.is_grad_enabled() and (other.requires_grad or self.value.requires_grad)
-        if flat.size(1) == 1 and not learns:
-            out = self._column(flat.squeeze(1), transposed).unsqueeze(1)
-        else:
+        if torch.is_grad_enabled() and (other.requires_grad or self.value.requires_grad):
             plan = self._order.transposed if transposed else self._order.forward
             out = gather_mul_segment_sum(flat, self.value.unsqueeze(1), plan=plan)
-        return out.view(out.size(0), *other.shape[1:])
-
-    def _column(self, other: Tensor, transposed: bool) -> Tensor:
-        """The product with one column: passes over whole arrays take a third of the time of a row after the other."""
-        if transposed:
+        elif transposed:  # values in the order of columns, kept: looking them up costs more than the product
             if self._t_value is None:
-                self._t_value = self.value.detach()[self._order.t_perm]
-            ptr, col, value = self._order.t_ptr, self._order.t_col, self._t_value
+                self._t_value = self.value.detach()[self._order.t_perm].unsqueeze(1)
+            out = gather_mul_segment_sum(flat, self._t_value, self._order.t_col, self._order.t_ptr)
         else:
-            ptr, col, value = self.ptr, self.col, self.value.detach()
-        out: Tensor = segment_sum_csr(other.detach()[col] * value, ptr)
-        return out
+            out = gather_mul_segment_sum(flat, self.value.unsqueeze(1), self.col, self.ptr)
+        return out.view(out.size(0), *other.shape[1:])
 
     def select_rows(self, index: Tensor) -> SparseFeatures:
         """The matrix of the rows ``index``, int64 [R], in that order; a row may stand several times."""
