@@ -359,7 +359,7 @@ def normalized_adjacency(
         weight = torch.ones(edge_index.size(1), dtype=torch.float64, device=edge_index.device)
     else:
         weight = edge_weight.double()
-    row, col = edge_index
+    row, col = edge_index.contiguous()
     place = row * num_nodes + col
     if bool((place[1:] < place[:-1]).any()):  # two passes that count are faster than a sort
         t_ptr, by_target = csr_from_index(col, num_nodes)

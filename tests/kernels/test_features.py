@@ -270,3 +270,9 @@ def test_refused_graphs():
         normalized_adjacency(edge_index - 1)
     with pytest.raises(IndexError, match=r"edge_index\[0\]\[1\] = 7 is out of range \[0, 3\]"):
         normalized_adjacency(torch.tensor([[3, 7], [2, 1]]), num_nodes=4)
+
+
+def test_edges_may_be_strided():
+    pairs = torch.tensor([[0, 1], [1, 0], [1, 2], [2, 1]])  # in order, so that they are taken as they are
+    for got, expected in zip(normalized_adjacency(pairs.t()), normalized_adjacency(pairs.t().contiguous()), strict=True):
+        assert torch.equal(got, expected)  # and no warning of a copy, which would be an error here
