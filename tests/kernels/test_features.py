@@ -274,5 +274,6 @@ def test_refused_graphs():
 
 def test_edges_may_be_strided():
     pairs = torch.tensor([[0, 1], [1, 0], [1, 2], [2, 1]])  # in order, so that they are taken as they are
-    for got, expected in zip(normalized_adjacency(pairs.t()), normalized_adjacency(pairs.t().contiguous()), strict=True):
+    strided, copied = normalized_adjacency(pairs.t()), normalized_adjacency(pairs.t().contiguous())
+    for got, expected in zip(strided, copied, strict=True):
         assert torch.equal(got, expected)  # and no warning of a copy, which would be an error here
