@@ -8,7 +8,7 @@
 
 #include "../../gather_linear.h"
 #include "../../segments.h"
-#include "vec.h"
+#include "products.h"
 
 namespace geo {
 namespace GEO_SIMD_NAMESPACE {
@@ -16,7 +16,6 @@ namespace {
 
 #define GEO_MEMBER inline __attribute__((always_inline))
 constexpr int kTile = 6;
-constexpr int kPanel = kRegisters == 32 ? 4 : 2;
 constexpr int kBlock = 96;  // rows of basis, a multiple of kTile
 
 template <class A, class B>
@@ -29,22 +28,6 @@ struct same<A, A> {
 };
 
 GEO_INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-
-// f(column, Width<NC>) for each panel of NC vectors
-template <int N>
-struct Width {
-  static constexpr int value = N;
-};
-template <class T, class F>
-GEO_INLINE void for_panels(int64_t columns, F&& f) {
-  constexpr int64_t L = vec<T>::lanes;
-  int64_t column = 0;
-  for (; column + kPanel * L <= columns; column += kPanel * L) f(column, Width<kPanel>());
-  const int64_t left = (columns - column) / L;
-  if (left == 3) f(column, Width<(kPanel > 3 ? 3 : 1)>());
-  if (left == 2) f(column, Width<(kPanel > 2 ? 2 : 1)>());
-  if (left == 1) f(column, Width<1>());
-}
 
 // -- tiles in registers -----------------------------------------------------------------------------------------------
 
@@ -299,7 +282,7 @@ struct Runner {
 
   GEO_MEMBER void compute(const Block<T>& block, const Block<T>& next) const {
     const int64_t reps = job.basis_O == job.O ? 1 : job.O, pitch = job.pitch;
-    for_panels<T>(pitch, [&](int64_t column, auto width) {
+    for_features<T>(pitch, [&](int64_t column, auto width) {
       constexpr int NC = decltype(width)::value;
       const T* panel = job.by_basis + column * job.B;
       for (int t = 0; t < block.rows; t += kTile) {
@@ -314,14 +297,14 @@ struct Runner {
     });
     if (job.dbasis) differentiate_basis(block);
     if (chunk.dweight)
-      for_panels<T>(pitch, [&](int64_t column, auto width) {
+      for_features<T>(pitch, [&](int64_t column, auto width) {
         outer_panel<T, decltype(width)::value>(block.basis, job.B, product + column, block.rows, pitch,
                                                chunk.dweight + column);
       });
   }
 
   GEO_MEMBER void differentiate_basis(const Block<T>& block) const {
-    for_panels<T>(wide_B, [&](int64_t column, auto width) {
+    for_features<T>(wide_B, [&](int64_t column, auto width) {
       constexpr int NC = decltype(width)::value;
       const T* panel = job.by_channel + column * job.C;
       for (int t = 0; t < block.rows; t += kTile) {
@@ -374,7 +357,7 @@ int64_t packed_size(int64_t depth, int64_t columns) {
 
 template <class T>
 void pack(T* to, const T* from, int64_t depth, int64_t columns, int64_t depth_stride, int64_t column_stride) {
-  for_panels<T>(round_up(columns, vec<T>::lanes), [&](int64_t column, auto width) {
+  for_features<T>(round_up(columns, vec<T>::lanes), [&](int64_t column, auto width) {
     for (int64_t d = 0; d < depth; ++d)
       for (int64_t c = column; c < column + decltype(width)::value * vec<T>::lanes; ++c)
         *to++ = c < columns ? from[d * depth_stride + c * column_stride] : T(0);

@@ -154,7 +154,7 @@ void long_rows(const Group<S>& group, int64_t cols, Acc<S>* acc) {
 }
 
 // The same for rows of one number, without groups and tiles: setting those up costs more than a short segment.
-template <class S, bool Permuted, bool Weighted>
+template <class S, bool Permuted>
 GEO_INLINE Outcome sum_numbers_to(const GatherMulSum& a, int64_t begin, int64_t end, Acc<S>* total) {
   const S* x = static_cast<const S*>(a.x);
   const S* w = static_cast<const S*>(a.w);
@@ -164,19 +164,19 @@ GEO_INLINE Outcome sum_numbers_to(const GatherMulSum& a, int64_t begin, int64_t 
     if (uint64_t(e) >= uint64_t(a.num_edges)) return {kEdgePerm, k};
     const int64_t s = a.src ? a.src[e] : e;
     if (uint64_t(s) >= uint64_t(a.num_src)) return {kSrcIndex, e};
-    sum += Weighted ? widen(x[s]) * widen(w[e]) : widen(x[s]);
+    sum += widen(x[s]) * widen(w[e]);
   }
   *total = sum;
   return kFine;
 }
 
-template <class S, bool Permuted, bool Weighted>
+template <class S, bool Permuted>
 Outcome sum_numbers(const GatherMulSum& a, int64_t first, int64_t last) {
   S* out = static_cast<S*>(a.out);
   for (int64_t i = first; i < last; ++i) {
     const int64_t begin = a.ptr[i], end = a.ptr[i + 1];
     Acc<S> sum;
-    const Outcome outcome = sum_numbers_to<S, Permuted, Weighted>(a, begin, end, &sum);
+    const Outcome outcome = sum_numbers_to<S, Permuted>(a, begin, end, &sum);
     if (outcome.fault != kNoFault) return outcome;
     narrow(a.mean && end - begin > 1 ? sum / Acc<S>(end - begin) : sum, out + i);
   }
@@ -243,8 +243,7 @@ struct same<double> {
 template <class S>
 Outcome sum_segments(const GatherMulSum& a, int64_t first, int64_t last, void* scratch) {
   if (a.num_features == 1) {
-    if (a.perm) return a.w ? sum_numbers<S, true, true>(a, first, last) : sum_numbers<S, true, false>(a, first, last);
-    return a.w ? sum_numbers<S, false, true>(a, first, last) : sum_numbers<S, false, false>(a, first, last);
+    return a.perm ? sum_numbers<S, true>(a, first, last) : sum_numbers<S, false>(a, first, last);
   }
   S* out = static_cast<S*>(a.out);
   for (int64_t i = first; i < last; ++i) {
