@@ -19,6 +19,7 @@ from geo.ops import bounds
 from geo.ops.gather_mul import check_one_device, promote, widen
 from geo.ops.registration import define
 
+_MOST_LAYERS = 63  # of the CUDA kernel, and so of all
 _TILE = 1 << 12  # pairs that the plain-PyTorch kernels take at a time, about
 
 
@@ -92,6 +93,8 @@ def _prepare(
         )
     if len(weights) != len(biases):
         raise ValueError(f"pair_mlp: each layer has a weight and a bias, got {len(weights)} and {len(biases)}")
+    if len(weights) > _MOST_LAYERS:
+        raise ValueError(f"pair_mlp: weights must be of at most {_MOST_LAYERS} layers, got {len(weights)}")
     width, widths = filters.size(2), []
     if first_bias is not None and list(first_bias.shape) != [width]:
         raise ValueError(f"pair_mlp: first_bias must be [{width}], got {list(first_bias.shape)}")
@@ -171,12 +174,15 @@ def _plain(
     eigvecs: Tensor, filters: Tensor, ptr: Tensor, params: Tensor, widths: Sequence[int], leading: bool
 ) -> Tensor:
     first, layers = _layers(params, filters, widths, leading)
-    out = [eigvecs.new_zeros(0, widths[-1] if widths else filters.size(2))]
+    out = []
     for v, z in zip(eigvecs.split(ptr.diff().tolist()), filters, strict=True):
         x = (v.unsqueeze(1) * v).flatten(0, 1)
         for layer in (_Layer(z, first, leading), *layers):
             x = layer(x)
         out.append(x.unflatten(0, (len(v), len(v))).sum(1))
+    if not out:  # no graphs: no rows, but zero gradients for all
+        inputs = eigvecs.sum() + filters.sum() + params.sum()
+        return inputs * eigvecs.new_zeros(0, widths[-1] if widths else filters.size(2))
     return torch.cat(out)
 
 

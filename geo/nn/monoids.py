@@ -332,9 +332,14 @@ class KSmallest(Monoid):
 
     def lift(self, x: Tensor) -> Tensor:
         """Each element and k - 1 times ``top``."""
-        if self.top < math.inf:
-            x = x.clamp(max=self.top)
-        return F.pad(x.unsqueeze(-1), (0, self.k - 1), value=self.top).flatten(-2)
+        top: float = self.top
+        if not x.is_floating_point():
+            if not top <= torch.iinfo(x.dtype).max or top != int(top):
+                raise ValueError(f"x: {x.dtype} holds no {top}, KSmallest's top: give it an integer that fits")
+            top = int(top)
+        if top < math.inf:
+            x = x.clamp(max=top)
+        return F.pad(x.unsqueeze(-1), (0, self.k - 1), value=top).flatten(-2)
 
     def extra_repr(self) -> str:
         """Sizes."""

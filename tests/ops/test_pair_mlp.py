@@ -275,3 +275,17 @@ def test_bad_ptr(bad, device):
     for op in (pair_mlp, pair_mlp_reference):
         with pytest.raises(IndexError, match="is out of range"):
             op(eigvecs, filters, torch.tensor(bad, device=device), weights, biases, first)
+
+
+@pytest.mark.parametrize("op", [pair_mlp, pair_mlp_reference])
+def test_no_graphs_have_zero_gradients(op):
+    eigvecs, filters, ptr, weights, biases, _ = problem([], [8], 4, False)
+    leaves = [eigvecs.requires_grad_(), filters.requires_grad_(), weights[0].requires_grad_()]
+    grads = torch.autograd.grad(op(eigvecs, filters, ptr, weights, biases).sum(), leaves)
+    for grad, leaf in zip(grads, leaves, strict=True):
+        assert torch.equal(grad, torch.zeros_like(leaf))
+
+
+def test_too_many_layers():
+    with pytest.raises(ValueError, match="weights must be of at most 63 layers, got 64"):
+        pair_mlp(*problem([3], [2] * 64, 2, False))
