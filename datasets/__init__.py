@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from geo.datasets.cache import DamagedFileError
+    from geo.datasets.citation_graph import CitationGraph
     from geo.datasets.cycle_counting import CycleCounting, count_cycles, count_directed_cycles
     from geo.datasets.digit_points import DigitPoints
     from geo.datasets.enumerated_molecules import EnumeratedMolecules, penalized_logp
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from geo.datasets.xtb_trajectory import XTBTrajectory
 
 _HOME = {
+    "CitationGraph": "citation_graph",
     "CycleCounting": "cycle_counting",
     "DamagedFileError": "cache",
     "DigitPoints": "digit_points",
@@ -48,6 +50,7 @@ _HOME = {
 }
 
 __all__ = [
+    "CitationGraph",
     "CycleCounting",
     "DamagedFileError",
     "DigitPoints",

@@ -15,7 +15,7 @@ process with the exact kernel, from the eigenvectors of W, where there are at mo
   smooth    the same with waves 25 nodes long
   cora      the topics of papers that cite each other, as regression on one-hot labels; features of papers are not read.
             20 papers of each topic are known. citeseer and pubmed alike. Files as PyG's Planetoid keeps them,
-            DIR/Cora/raw/ind.cora.{y,ty,ally,graph,test.index}
+            DIR/Cora/raw/ind.cora.*
 
   python examples/graph_gp.py
   python examples/graph_gp.py --data smooth
@@ -26,7 +26,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import pickletools
 import statistics
 import sys
 import time
@@ -41,13 +40,14 @@ from torch import Tensor, nn
 from torch_geometric.nn.models import LabelPropagation
 from tqdm import tqdm
 
+from geo.datasets import CitationGraph, DamagedFileError
 from geo.gp import GraphGP
 from geo.kernels import GRFKernel, SparseFeatures, heat, matern, normalized_adjacency
 from geo.nn import LearnableModulation
 from geo.training import report, write_atomic
 
 MODELS = {"heat": "heat", "matern": "Matern", "learned": "learned modulation"}
-PLANETOID = {"cora": "Cora", "citeseer": "CiteSeer", "pubmed": "PubMed"}
+CITATIONS = ("cora", "citeseer", "pubmed")
 WAVES = {"waves": 5.0, "smooth": 25.0}  # wavelengths in nodes
 NOISE = 0.1  # standard deviation of the measurements; the waves have 1
 LEARNED = 8  # longest walks of the learned modulation
@@ -82,117 +82,27 @@ def waves(args: argparse.Namespace) -> Task:
     return Task(torch.cat([edges, edges.flip(0)], dim=1), targets, split, False)
 
 
-def planetoid(args: argparse.Namespace) -> Task:
+def citations(args: argparse.Namespace) -> Task:
     """A citation graph with labels. Split 0 is the published one, the others have as many nodes, drawn anew."""
-    raw = args.root / PLANETOID[args.data] / "raw"
-    parts = {}
-    for name in ("y", "ty", "ally", "graph"):
-        path = _there(raw / f"ind.{args.data}.{name}")
-        try:
-            made = read_objects(path.read_bytes())
-            parts[name] = made.entries if name == "graph" else _array(made)
-        except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-            raise SystemExit(f"{path}: is not Planetoid's file, or damaged ({error}); fetch it again") from error
-    words = _there(raw / f"ind.{args.data}.test.index").read_text().split()
-    if not words or not all(word.isdecimal() for word in words):
-        raise SystemExit(f"{raw}/ind.{args.data}.test.index: must hold a node number in each line")
-    tested = torch.tensor([int(word) for word in words])
-    known, last = (torch.tensor(parts[name], dtype=torch.float64) for name in ("ally", "ty"))
-    if len(last) != len(tested):
-        raise SystemExit(f"{raw}: test.index names {len(tested)} nodes, but ty has labels of {len(last)}")
-    targets = torch.zeros(max(int(tested.max()) + 1, len(known)), known.size(1), dtype=torch.float64)
-    targets[: len(known)] = known
-    targets[tested] = last
-    pairs = [(node, other) for node, others in parts["graph"].items() for other in others if node != other]
-    edges = torch.tensor(pairs).t()
-    if int(edges.max()) >= len(targets):
-        raise SystemExit(f"{raw}: the graph has node {int(edges.max())}, but there are labels of {len(targets)} nodes")
-    edges = torch.cat([edges, edges.flip(0)], dim=1).unique(dim=1).contiguous()
+    try:
+        data = CitationGraph(args.root, args.data)[0]
+    except (FileNotFoundError, DamagedFileError) as error:
+        raise SystemExit(str(error)) from error
+    targets = torch.zeros(data.num_nodes, int(data.y.max()) + 1, dtype=torch.float64)
+    labelled = data.y >= 0
+    targets[labelled, data.y[labelled]] = 1
+    num_tested = int(data.test_mask.sum())
 
     def split(number: int) -> tuple[Tensor, Tensor]:
         if number == 0:
-            return torch.arange(len(parts["y"])), tested
+            return data.train_mask.nonzero().flatten(), data.test_mask.nonzero().flatten()
         order = torch.randperm(len(targets), generator=torch.Generator().manual_seed(args.seed + number))
-        order = order[targets[order].any(dim=1)]  # some have no label
+        order = order[labelled[order]]
         rank = targets[order].cumsum(0).mul(targets[order]).sum(1)  # the how many-th of its class
         first = rank <= 20
-        return order[first], order[~first][: len(tested)]
+        return order[first], order[~first][:num_tested]
 
-    return Task(edges, targets, split, True)
-
-
-def _there(path: Path) -> Path:
-    if not path.is_file():
-        raise SystemExit(f"no file {path}: --root must be the folder that PyG's Planetoid was given")
-    return path
-
-
-class Made:
-    """What an opcode would have called: its name and arguments, and what was put into it later."""
-
-    def __init__(self, name: str, arguments: tuple[Any, ...]) -> None:
-        self.name, self.arguments, self.state = name, arguments, ()
-        self.entries: dict[Any, Any] = {}
-
-
-def read_objects(data: bytes) -> Any:
-    """The numbers, strings, lists and tuples in a pickle, opcode by opcode.
-
-    To load a pickle is to run what it names. Here nothing is imported or called: what is named stays a name.
-    """
-    stack: list[Any] = []
-    marks: list[int] = []
-    memo: dict[int, Any] = {}
-
-    def since_mark() -> list[Any]:
-        at = marks.pop()
-        taken = stack[at:]
-        del stack[at:]
-        return taken
-
-    for opcode, argument, _ in pickletools.genops(data):
-        name = opcode.name
-        if name in ("PROTO", "STOP"):
-            continue
-        if name in ("BININT", "BININT1", "BININT2", "SHORT_BINSTRING", "BINSTRING", "GLOBAL"):
-            stack.append(argument)
-        elif name in ("NONE", "NEWTRUE", "NEWFALSE"):
-            stack.append({"NONE": None, "NEWTRUE": True, "NEWFALSE": False}[name])
-        elif name in ("BINPUT", "LONG_BINPUT"):
-            memo[argument] = stack[-1]
-        elif name in ("BINGET", "LONG_BINGET"):
-            stack.append(memo[argument])
-        elif name == "MARK":
-            marks.append(len(stack))
-        elif name == "EMPTY_LIST":
-            stack.append([])
-        elif name in ("APPEND", "APPENDS"):
-            items = since_mark() if name == "APPENDS" else [stack.pop()]
-            stack[-1].extend(items)
-        elif name in ("TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"):
-            items = since_mark() if name == "TUPLE" else [stack.pop() for _ in range(int(name[5:]))][::-1]
-            stack.append(tuple(items))
-        elif name == "SETITEMS":
-            items = since_mark()
-            stack[-1].entries.update(zip(items[::2], items[1::2], strict=True))
-        elif name == "REDUCE":
-            arguments = stack.pop()
-            stack.append(Made(stack.pop(), arguments))
-        elif name == "BUILD":
-            state = stack.pop()
-            stack[-1].state = state
-        else:
-            raise ValueError(f"it has the opcode {name}, which lists and arrays of numbers do not need")
-    (result,) = stack
-    return result
-
-
-def _array(made: Made) -> np.ndarray:
-    """A NumPy array as NumPy 1 wrote it: (version, shape, dtype, in Fortran's order, bytes)."""
-    _, shape, dtype, fortran, data = made.state
-    order = dtype.state[1]
-    flat = np.frombuffer(data.encode("latin-1"), dtype=order + dtype.arguments[0])
-    return flat.reshape(shape, order="F" if fortran else "C")
+    return Task(data.edge_index, targets, split, True)
 
 
 # -- models ------------------------------------------------------------------------------------------------------------
@@ -401,7 +311,7 @@ def _save(figure: Any, path: Path) -> None:
 
 def main(argv: list[str] | None = None) -> list[list[object]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", choices=[*WAVES, *PLANETOID], default="waves", help="(default: %(default)s)")
+    parser.add_argument("--data", choices=[*WAVES, *CITATIONS], default="waves", help="(default: %(default)s)")
     parser.add_argument("--root", type=Path, default=None, help="folder of PyG's Planetoid, for citation graphs")
     parser.add_argument(
         "--models", default="all", help=f"all, or of {', '.join(MODELS)} with commas (default: %(default)s)"
@@ -430,10 +340,8 @@ def main(argv: list[str] | None = None) -> list[list[object]]:
     names = list(MODELS) if args.models == "all" else [name.strip() for name in args.models.split(",") if name.strip()]
     if not names or [name for name in names if name not in MODELS]:
         parser.error(f"--models must be of {', '.join(MODELS)}; got {args.models}")
-    if args.data in PLANETOID and args.root is None:
-        parser.error(
-            f"--data {args.data} needs --root, the folder that has {PLANETOID[args.data]}/raw/ind.{args.data}.*"
-        )
+    if args.data in CITATIONS and args.root is None:
+        parser.error(f"--data {args.data} needs --root, the folder that PyG's Planetoid was given")
     if args.walks is None:
         args.walks = 512 if args.data in WAVES else 256
     if args.smoke:
@@ -449,7 +357,7 @@ def main(argv: list[str] | None = None) -> list[list[object]]:
         torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)  # the probes of GraphGP.fit
 
-    task = waves(args) if args.data in WAVES else planetoid(args)
+    task = waves(args) if args.data in WAVES else citations(args)
     size = len(task.targets)
     spectrum = None
     if size <= EXACT_NODES:

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch_geometric.data import Data
 
 from geo.kernels import GRFKernel, SparseFeatures, heat, normalized_adjacency, regularised_laplacian
 from geo.nn import LearnableModulation
@@ -177,62 +178,26 @@ def gp():
     return example("graph_gp")
 
 
-def number(value: int) -> bytes:
-    return b"J" + value.to_bytes(4, "little", signed=True)
+@pytest.fixture
+def ring(gp, monkeypatch):
+    """Instead of files: a ring of 70 papers with two topics; paper 65 has none, the last 20 are tested."""
+    node = torch.arange(70)
+    y = torch.where(node == 65, -1, node % 2)
+    edges = torch.stack([node, (node + 1) % 70])
+    data = Data(edge_index=torch.cat([edges, edges.flip(0)], dim=1), y=y, num_nodes=70)
+    data.train_mask, data.test_mask = node < 4, (node >= 50) & (y >= 0)
+    monkeypatch.setattr(gp, "CitationGraph", lambda root, name: {"cora": [data]}[name])
+    return argparse.Namespace(data="cora", root=Path("files"), seed=0)
 
 
-def text(value: bytes) -> bytes:
-    return b"T" + len(value).to_bytes(4, "little") + value
-
-
-def array_file(array: np.ndarray) -> bytes:
-    """An array as Python 2 and NumPy 1 pickled it, as in the published files."""
-    dtype = b"cnumpy\ndtype\n" + text(array.dtype.str[1:].encode()) + number(0) + number(1) + b"\x87R"
-    dtype += b"(" + number(3) + text(b"<") + b"NNN" + number(-1) + number(-1) + number(0) + b"tb"
-    made = b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\n" + number(0) + b"\x85" + text(b"b") + b"\x87Rq\x01"
-    shape = b"".join(map(number, array.shape)) + (b"\x86" if array.ndim == 2 else b"\x85")
-    data = text(array.tobytes("F" if array.flags.fnc else "C"))
-    return (
-        b"\x80\x02"
-        + made
-        + b"("
-        + number(1)
-        + shape
-        + dtype
-        + (b"\x88" if array.flags.fnc else b"\x89")
-        + data
-        + b"tb."
-    )
-
-
-def graph_file(graph: dict[int, list[int]]) -> bytes:
-    items = b"".join(number(k) + b"](" + b"".join(map(number, v)) + b"e" for k, v in graph.items())
-    return b"\x80\x02ccollections\ndefaultdict\nc__builtin__\nlist\n\x85Rq\x01(" + items + b"u."
-
-
-def write_planetoid(root: Path) -> Path:
-    """A ring of 70 nodes with two kinds of nodes; node 65 has no label."""
-    raw = root / "Cora" / "raw"
-    raw.mkdir(parents=True)
-    labels = np.eye(2, dtype=np.int32)[np.arange(70) % 2]
-    tested = [node for node in range(69, 49, -1) if node != 65]
-    for name, rows in (("y", labels[:4]), ("ally", labels[:50]), ("ty", np.asfortranarray(labels[tested]))):
-        (raw / f"ind.cora.{name}").write_bytes(array_file(rows))
-    (raw / "ind.cora.graph").write_bytes(graph_file({i: [(i + 1) % 70, i] for i in range(70)}))
-    (raw / "ind.cora.test.index").write_text("".join(f"{node}\n" for node in tested))
-    return raw
-
-
-def test_files_of_planetoid_are_read_without_unpickling(gp, tmp_path):
-    write_planetoid(tmp_path)
-    task = gp.planetoid(argparse.Namespace(data="cora", root=tmp_path, seed=0))
-    assert task.edge_index.size(1) == 140, "both directions, no loops"
+def test_splits_of_citations(gp, ring):
+    task = gp.citations(ring)
     labels = torch.eye(2, dtype=torch.float64)[torch.arange(70) % 2]
     labels[65] = 0
     assert torch.equal(task.targets, labels)
     nodes, tested = task.split(0)
     assert nodes.tolist() == [0, 1, 2, 3]
-    assert sorted(tested.tolist()) == [node for node in range(50, 70) if node != 65]
+    assert tested.tolist() == [node for node in range(50, 70) if node != 65]
     for split in (1, 2):
         nodes, tested = task.split(split)
         assert task.targets[nodes].sum(0).tolist() == [20, 20]
@@ -241,49 +206,24 @@ def test_files_of_planetoid_are_read_without_unpickling(gp, tmp_path):
     assert not torch.equal(task.split(1)[0], task.split(2)[0])
 
 
-def test_nothing_that_a_file_names_is_called(gp, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    evil = b"\x80\x02cos\nmkdir\n" + text(b"evil") + b"\x85R."
-    made = gp.read_objects(evil)
-    assert (made.name, made.arguments) == ("os mkdir", ("evil",))
-    raw = write_planetoid(tmp_path)
-    (raw / "ind.cora.ally").write_bytes(evil)
-    with pytest.raises(SystemExit, match=r"ind\.cora\.ally: is not Planetoid's file, or damaged"):
-        gp.main(["--data", "cora", "--root", str(tmp_path)])
-    assert not (tmp_path / "evil").exists()
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("graph", graph_file({0: [1]})[:-5], "is not Planetoid's file, or damaged"),
-        ("graph", b"\x80\x04N.", "is not Planetoid's file, or damaged"),
-        ("graph", b"", "is not Planetoid's file, or damaged"),
-        ("graph", graph_file({0: [99]}), "the graph has node 99, but there are labels of 70 nodes"),
-        ("ty", array_file(np.eye(2, dtype=np.int32)), "test.index names 19 nodes, but ty has labels of 2"),
-        ("ally", array_file(np.eye(2, dtype=np.int32))[:-9], "is not Planetoid's file, or damaged"),
-        ("test.index", b"12\nx\n", "must hold a node number in each line"),
-        ("y", None, "--root must be the folder that PyG's Planetoid was given"),
-    ],
-)
-def test_damaged_files_of_planetoid_are_named(gp, tmp_path, name, content, message):
-    path = write_planetoid(tmp_path) / f"ind.cora.{name}"
-    if content is None:
-        path.unlink()
-    else:
-        path.write_bytes(content)
-    with pytest.raises(SystemExit) as caught:
-        gp.main(["--data", "cora", "--root", str(tmp_path)])
-    assert message in str(caught.value)
+def test_missing_and_damaged_citations_end_in_one_line(gp, tmp_path):
+    flags = ["--data", "cora", "--root", str(tmp_path)]
+    with pytest.raises(SystemExit, match=r"no file .*ind\.cora\.x; put it there or give another root"):
+        gp.main(flags)
+    (tmp_path / "Cora" / "raw").mkdir(parents=True)
+    for part in ("x", "tx", "allx", "y", "ty", "ally", "graph", "test.index"):
+        (tmp_path / "Cora" / "raw" / f"ind.cora.{part}").write_bytes(b"x")
+    with pytest.raises(SystemExit, match=r"ind\.cora\.x: cannot be read"):
+        gp.main(flags)
 
 
 def test_cora_is_the_published_graph(gp, geo_data):
-    task = gp.planetoid(argparse.Namespace(data="cora", root=geo_data / "planetoid", seed=0))
+    task = gp.citations(argparse.Namespace(data="cora", root=geo_data / "planetoid", seed=0))
     assert task.targets.sum(0).tolist() == [351, 217, 418, 818, 426, 298, 180]
     assert task.edge_index.size(1) == 2 * 5278
     assert [len(part) for part in task.split(0)] == [140, 1000]
     assert [len(part) for part in task.split(1)] == [140, 1000]
-    other = gp.planetoid(argparse.Namespace(data="citeseer", root=geo_data / "planetoid", seed=0))
+    other = gp.citations(argparse.Namespace(data="citeseer", root=geo_data / "planetoid", seed=0))
     assert int(other.targets.sum()) == 3312  # of 3,327 papers 15 have no label
     assert [len(part) for part in other.split(0)] == [120, 1000]
 
@@ -327,8 +267,8 @@ def test_learned_kernel_finds_waves_that_heat_cannot(gp):
     assert float(found["heat"]["curve"][1].argmax()) == len(x) - 1
 
 
+@pytest.mark.usefixtures("ring")
 def test_labels_are_predicted_and_wrong_flags_refused(gp, tmp_path, capsys):
-    write_planetoid(tmp_path)
     flags = ["--data", "cora", "--root", str(tmp_path), "--smoke", "--threads", "1", "--out", str(tmp_path / "out")]
     rows = gp.main([*flags, "--models", "learned"])
     assert [row[0] for row in rows] == ["label propagation", "learned modulation"]
