@@ -118,6 +118,7 @@ def training_flags(
     lr: float | None,
     budget: str,
     seed: int = 0,
+    threads: int | None = None,
 ) -> None:
     """Add the flags that all examples understand.
 
@@ -128,6 +129,7 @@ def training_flags(
         lr: Default peak learning rate; None where the example chooses it with its other settings.
         budget: What is trained when neither ``--epochs`` nor ``--max-time`` is given, in words (for ``--help``).
         seed: Default seed.
+        threads: Default number of CPU threads; None for all cores.
     """
     group = parser.add_argument_group("training")
     group.add_argument(
@@ -153,7 +155,9 @@ def training_flags(
     group = parser.add_argument_group("machine")
     group.add_argument("--accelerator", default="auto", help="cpu, gpu, mps or auto (default: %(default)s)")
     group.add_argument("--devices", type=_positive, default=1, help="how many of them (default: %(default)s)")
-    group.add_argument("--threads", type=_positive, default=None, help="CPU threads (default: all cores)")
+    group.add_argument(
+        "--threads", type=_positive, default=threads, help=f"CPU threads (default: {threads or 'all cores'})"
+    )
     group = parser.add_argument_group("files")
     group.add_argument(
         "--out", type=Path, default=Path(out), help="folder for logs, checkpoints, plots (default: %(default)s)"
@@ -378,14 +382,14 @@ class _Trained(lightning.LightningModule):
         groups = [{"params": decay, "weight_decay": self.weight_decay}, {"params": plain, "weight_decay": 0.0}]
         optimizer = torch.optim.Adam([group for group in groups if group["params"]], lr=self.lr)
         total = float(self.trainer.estimated_stepping_batches)
-
-        def factor(step: int) -> float:
-            done = self.progress(step, total)
-            rise = min(1.0, done / self.warmup) if self.warmup > 0 else 1.0
-            return max(rise, 0.02) * 0.5 * (1.0 + math.cos(math.pi * done))
-
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.rate(step, total))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def rate(self, step: int, total: float) -> float:
+        """The learning rate of a step as a share of its peak; override it for another schedule."""
+        done = self.progress(step, total)
+        rise = min(1.0, done / self.warmup) if self.warmup > 0 else 1.0
+        return max(rise, 0.02) * 0.5 * (1.0 + math.cos(math.pi * done))
 
     def on_train_epoch_end(self) -> None:
         """Count the epochs."""

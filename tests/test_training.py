@@ -71,6 +71,13 @@ def test_flags_refuse_with_the_value(tmp_path, capsys, wrong):
     assert repr(wrong[1]) in capsys.readouterr().err
 
 
+def test_threads_have_a_default_of_their_own():
+    parser = argparse.ArgumentParser()
+    training.training_flags(parser, out="runs", batch_size=4, lr=0.05, budget="one epoch", threads=3)
+    assert parser.parse_args([]).threads == 3
+    assert "CPU threads (default: 3)" in " ".join(parser.format_help().split())
+
+
 def test_fit_learns_logs_and_keeps_the_best(tmp_path):
     args, (train, val) = flags(tmp_path, "--epochs", "60"), loaders()
     module = supervised()
@@ -168,6 +175,20 @@ def test_schedule_rises_then_falls_to_zero(tmp_path):
     assert rates[top] == pytest.approx(0.05, rel=0.05)
     assert rates[-1] < 1e-3 * 0.05
     assert all(a >= b for a, b in zip(rates[top:], rates[top + 1 :], strict=False))
+
+
+def test_another_schedule_is_a_subclass(tmp_path):
+    class Constant(training.Supervised):
+        def rate(self, step, total):
+            return min(1.0, (step + 1) / 3)
+
+        def on_train_batch_end(self, *args):
+            rates.append(self.trainer.optimizers[0].param_groups[0]["lr"])
+
+    rates: list[float] = []
+    module = Constant(Line(), squared, lr=0.06)
+    training.fit(module, *loaders(), flags(tmp_path, "--epochs", "2"), "constant")
+    assert rates == pytest.approx([0.04, 0.06, 0.06, 0.06, 0.06, 0.06, 0.06, 0.06])  # of the next step
 
 
 def test_time_budget_ends_the_run_and_the_schedule(tmp_path):
