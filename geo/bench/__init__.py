@@ -31,6 +31,7 @@ BENCHMARKS = {
     "selective_scan": "the selective scan against mambapy, mamba_ssm's reference loop and an eager loop",
     "walk_tokens": "random walks and walk tokens against networkx, Python lists and vectorised PyTorch",
     "graph_mamba": "a training step as the graph grows, beside attention over all nodes and GatedGCN",
+    "monoid": "aggregation by a learned monoid against the recurrent, attending and monoid aggregations of PyG",
     "grf": "graph random features against walks in Python and PyTorch and exact kernels",
     "spe": "stable positional encodings against the loop over graphs of the official code",
     "tensor-products": "Gaunt products, brackets and convolutions against e3nn, cuEquivariance and grids in PyTorch",

@@ -1,0 +1,108 @@
+from __future__ import annotations
+
+import argparse
+import sys
+
+import pytest
+import torch
+
+from geo.bench import Timing, monoid
+from geo.bench.monoid import CASES, PASSES, Problem, check, main, measure, needs, out_of_memory, power_law
+
+QUICK = ["--fraction", "0.02", "--rounds", "1", "--clock", "cpu", "--memory-limit", "2"]
+
+
+def test_prints_a_page_of_ratios(capsys):
+    threads = torch.get_num_threads()
+    assert main([*QUICK, "--only", "regular8", "operators", "million", "--peers", "LCM"]) == 0
+    assert torch.get_num_threads() == threads
+    lines = capsys.readouterr().out.splitlines()
+    found = [line for line in lines if line.startswith("| all of 8 ")]
+    assert len(found) == 1 + len(PASSES)  # its sizes, and a line a pass
+    for line in found[1:]:
+        ratio, target = (line.split("|")[i].strip() for i in (6, 7))
+        assert float(ratio) > 0
+        assert target == "1"
+    for name in ("BinaryGRU", "KSmallest(2)", "training step: SAGEConv, 19,", "PyG's LCM"):
+        assert sum(line.startswith(f"| {name}") for line in lines) == 1
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="memory is limited on Linux only")
+def test_a_peer_without_memory_says_so(capsys):
+    few = ["--fraction", "0.2", "--rounds", "1", "--memory-limit", "0.06", "--only", "power1e4", "--peers", "LCM"]
+    assert main(few) == 0
+    rows = [line for line in capsys.readouterr().out.splitlines() if " LCM " in line]
+    assert [line.split("|")[4].strip() for line in rows] == ["out of memory at 0.06 GB", "not run: needs about 0.23 GB"]
+    assert all(line.split("|")[5].strip() for line in rows)  # ours is measured
+
+
+def test_a_peer_that_takes_too_long_is_stopped():
+    lines = 'import time; print(\'{"pass": "forward", "geo": 1}\', flush=True); time.sleep(60)'
+    found, end = monoid._read([sys.executable, "-c", lines], 1.0)
+    assert found == {"forward": {"pass": "forward", "geo": 1}}
+    assert end is not None
+    assert end.startswith("stopped after 1 s")
+    timing = Timing(2.0, 2.0, 2.0).__dict__
+    cells = monoid._cells({"why": end, "geo": timing, "anew": timing, "geo memory": 10**6}, "20", 1.0)
+    assert cells == [end, "2.00 (2.00-2.00)", "> 500", "20", "2.00 (2.00-2.00)", "> 500", "", "1"]
+
+
+def test_a_failure_is_a_failure(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "executable", "false")
+    assert main([*QUICK, "--only", "regular8", "--peers", "GRU"]) == 1
+    assert capsys.readouterr().out.count("failed, exit status 1") == len(PASSES)
+
+
+def test_other_errors_of_a_peer_are_raised():
+    args = argparse.Namespace(memory_limit=None, device="cpu", clock="cpu", seconds=1.0, rounds=1)
+
+    def broken():
+        raise RuntimeError("no such kernel")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(monoid, "limit_memory", lambda *args: 1e9)  # not of this process
+        rows = measure(Problem(torch.tensor([2, 3]), "cpu"), "GRU", broken, [], args)
+        assert next(rows)["pass"] == "forward"
+        with pytest.raises(RuntimeError, match="no such kernel"):
+            next(rows)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried", "std::bad_alloc", "CUDA out of memory."],
+)
+def test_texts_of_failed_allocations(text):
+    assert out_of_memory(RuntimeError(text))
+    assert out_of_memory(MemoryError())
+    assert not out_of_memory(RuntimeError("no such kernel"))
+
+
+def test_refuses_a_wrong_result(monkeypatch):
+    right = monoid.to_pyg_lcm
+
+    def wrong(aggregation):
+        lcm = right(aggregation)
+        with torch.no_grad():
+            lcm.gru_cell.bias_hh.mul_(1.001)
+        return lcm
+
+    monkeypatch.setattr(monoid, "to_pyg_lcm", wrong)
+    with pytest.raises(AssertionError, match="LCMAggregation"):
+        check("cpu")
+    monkeypatch.setattr(monoid, "to_pyg_lcm", right)
+    monkeypatch.setattr(monoid, "fold", lambda *args: args[0][:6])
+    with pytest.raises(AssertionError, match="fold by KSmallest"):
+        check("cpu")
+
+
+def test_problems():
+    degrees = power_law(10_000, 300)
+    assert 9.0e4 < degrees.sum() < 9.7e4
+    assert degrees.median() == 4
+    assert degrees.max() == 300
+    beyond = [int((degrees >= n).sum()) for n in (10, 100)]
+    assert beyond[0] / beyond[1] == pytest.approx(10**1.3, rel=0.05)  # a density of power -2.3
+    problem = Problem(CASES["power1e4"].degrees(0.1), "cpu")
+    assert torch.equal(problem.call(), problem.call_anew())
+    assert problem.index.bincount().max() == problem.longest
+    assert needs("GRU", 100, 10, 1) == pytest.approx(13.2 * 4 * 1000 * 64)
