@@ -23,15 +23,15 @@ not count for, so --max-time, too, is more by the clock on the wall. It runs on 
 Each run logs its accuracies in OUT/MODEL-SEED/accuracy.csv. With --resume finished runs are not repeated, and those
 of other calls serve in the table, so that runs may be started one by one.
 
-  python examples/multiset_tasks.py                                   # 6 bits, 1 minute each: about 12 minutes
+  python examples/multiset_tasks.py                                    # 1 minute each, about 10 minutes
   python examples/multiset_tasks.py --task neighbours
-  python examples/multiset_tasks.py --bits 8 --max-time 00:00:10:00 --seeds 3 --out runs/multiset_8
-  python examples/multiset_tasks.py --bits 8 --max-time 00:00:10:00 --models binary_gru --seed 1 --out runs/multiset_8
+  python examples/multiset_tasks.py --max-time 00:00:10:00 --seeds 3 --out runs/multiset_long
+  python examples/multiset_tasks.py --max-time 00:00:10:00 --seed 2 --models gru --out runs/multiset_long
 
 The long schedule of PyG's example, on a GPU; call it again with --resume after an interruption:
 
-  python examples/multiset_tasks.py --bits 8 --hidden 128 --models binary_gru --train 65536 --epochs 1000 \
-      --batch-size 128 --lr 1e-4 --accelerator gpu --out runs/multiset_long
+  python examples/multiset_tasks.py --models binary_gru --hidden 128 --train 65536 --epochs 1000 --batch-size 128 \
+      --lr 1e-4 --accelerator gpu --out runs/multiset_gpu
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -60,7 +61,7 @@ from torch_geometric.nn.aggr import (
 )
 
 from geo.nn import BinaryGRU, KSmallest, MonoidAggregation
-from geo.training import Supervised, fit, save_weights, start, training_flags, write_atomic
+from geo.training import Supervised, fit, report, save_weights, start, training_flags, write_atomic
 
 MODELS = {
     "sum": "sum",
@@ -72,9 +73,12 @@ MODELS = {
     "binary_gru": "BinaryGRU monoid",
     "k_smallest": "KSmallest(2), linear codec",
 }
+COLOUR = {name: f"C{place}" for place, name in enumerate(MODELS)}
+COMMONEST = "always the commonest answer"
 SMALLEST, LARGEST = 2, 16  # sizes in training
 SIZES = (8, 16, 32, 64, 128)  # in tests
 EPOCH = 100  # steps, where each draws new multisets
+HEADS = 4
 WARMUP = 100  # steps
 EMA = 0.99
 SECONDS = 60.0
@@ -104,7 +108,7 @@ class Learner(nn.Module):
         elif name == "gru":
             aggregation = GRUAggregation(hidden, hidden)
         elif name == "set_transformer":
-            aggregation = SetTransformerAggregation(hidden, heads=4)
+            aggregation = SetTransformerAggregation(hidden, heads=HEADS)
         elif name == "binary_gru":
             aggregation = MonoidAggregation(BinaryGRU(hidden), identity="zero")
         elif name == "k_smallest":
@@ -156,7 +160,7 @@ def draw(args: argparse.Namespace, seed: int, sizes: tuple[int, int] | None = No
         second = numbers.topk(2, largest=False).values[:, 1]
         numbers = numbers.flatten()
     else:
-        num = max(num, high + 1)
+        num = max(num, 8 * high)  # so that nodes share few neighbours
         numbers = torch.randint(2**args.bits, (num,), generator=generator)
         size = torch.randint(low, high + 1, (num, 1), generator=generator)
         chance = torch.rand(num, num, generator=generator).fill_diagonal_(-1.0)
@@ -172,8 +176,17 @@ def draw(args: argparse.Namespace, seed: int, sizes: tuple[int, int] | None = No
 def tests(args: argparse.Namespace) -> dict[int, list[Data]]:
     """Test batches by size, the same for all models and seeds."""
     lowest = {size: size if args.task == "set" else size // 2 + 1 for size in SIZES}
-    count = 1 if args.smoke else -(-1024 // args.batch_size)
-    return {size: [draw(args, -1 - 1000 * size - k, (lowest[size], size)) for k in range(count)] for size in SIZES}
+    found: dict[int, list[Data]] = {size: [] for size in SIZES}
+    for size, batches in found.items():
+        while sum(batch.num_graphs for batch in batches) < (1 if args.smoke else 1024):
+            batches.append(draw(args, -1 - 1000 * size - len(batches), (lowest[size], size)))
+    return found
+
+
+def commonest(test: dict[int, list[Data]]) -> list[float]:
+    """The accuracy of the one answer that is right most often at each size."""
+    answers = [torch.cat([batch.y for batch in batches]) for batches in test.values()]
+    return [round(100 * (y == y.mode().values).double().mean().item(), 1) for y in answers]
 
 
 class Log:
@@ -293,30 +306,98 @@ def finished(rows: list[list[float]], args: argparse.Namespace) -> bool:
     )
 
 
+def settings(args: argparse.Namespace) -> dict[str, object]:
+    """What runs must share to stand in one table."""
+    return {key: getattr(args, key) for key in ("task", "bits", "hidden", "batch_size", "lr", "train", "threads")}
+
+
 def train(name: str, seed: int, args: argparse.Namespace, test: dict[int, list[Data]]) -> list[list[float]]:
     """The log of a run, which is trained if need be."""
     folder = args.out / f"{name}-{seed}"
     log = Log(folder)
-    settings = {key: getattr(args, key) for key in ("task", "bits", "hidden", "batch_size", "lr", "train", "threads")}
-    path = folder / "settings.json"
-    if args.resume and path.exists():
-        if (found := json.loads(path.read_text())) != settings:
-            differ = [
-                f"{key} {found.get(key)} (now {value})" for key, value in settings.items() if found.get(key) != value
-            ]
-            raise SystemExit(f"{folder} was trained with other settings: {', '.join(differ)}; give another --out")
-        if finished(log.read(), args):
-            return log.read()
+    if not (args.resume and (folder / "settings.json").exists()):
+        (folder / "last.ckpt").unlink(missing_ok=True)
+        log.write([])
+        with write_atomic(folder / "settings.json") as path:
+            path.write_text(json.dumps(settings(args), indent=2) + "\n")
+    if finished(log.read(), args):
+        done = "had finished"
     else:
-        log.path.unlink(missing_ok=True)
-        with write_atomic(path) as temporary:
-            temporary.write_text(json.dumps(settings, indent=2) + "\n")
-    torch.manual_seed(seed)
-    module = Timed(name, args, log, test)
-    budget = argparse.Namespace(**vars(args) | {"max_time": None, "epochs": None})  # the module stops itself
-    fit(module, Batches(module, args, seed), None, budget, folder.name, clip=1.0, monitor=("trained", "max"))
-    save_weights(module, {"model": name, **vars(args)}, folder)
-    return log.read()
+        torch.manual_seed(seed)
+        module = Timed(name, args, log, test)
+        budget = argparse.Namespace(**vars(args) | {"max_time": None, "epochs": None})  # the module stops itself
+        fit(module, Batches(module, args, seed), None, budget, folder.name, clip=1.0, monitor=("trained", "max"))
+        save_weights(module, {"model": name, **vars(args)}, folder)
+        done = "finished"
+    rows = log.read()
+    step, seconds, *right = rows[-1]
+    text = ", ".join(f"{value:.1f}" for value in right)
+    print(f"{folder.name} {done}: {step:.0f} steps in {seconds:.4g} s; right answers in %: {text}", flush=True)
+    return rows
+
+
+def at_step(rows: list[list[float]], step: float) -> list[float]:
+    return next(row for row in rows if row[0] == step)
+
+
+def at_time(rows: list[list[float]], seconds: float) -> list[float]:
+    return min(rows, key=lambda row: abs(row[1] - seconds))
+
+
+def learning(path: Path, runs: dict[str, list[list[list[float]]]], size: str, title: str) -> None:
+    """Accuracy at one size over steps and over time, a line for each run."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.6), sharey=True)
+    column = Log.header.index(str(LARGEST))
+    for axis, of, xlabel in zip(axes, (0, 1), ("steps", "seconds of training"), strict=True):
+        for name, logs in runs.items():
+            for k, rows in enumerate(logs):
+                x, y = [row[of] for row in rows], [row[column] for row in rows]
+                axis.plot(x, y, color=COLOUR[name], lw=1.2, marker=".", ms=3, label=MODELS[name] if k == 0 else None)
+        axis.set(xlabel=xlabel, xscale="log", ylim=(-2, 102))
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.xaxis.set_minor_formatter("")
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel(f"right answers at {size} (%)")
+    axes[1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    figure.suptitle(title)
+    figure.tight_layout()
+    with write_atomic(path) as temporary:
+        figure.savefig(temporary, dpi=130)
+    plt.close(figure)
+
+
+def extrapolation(
+    path: Path, found: dict[str, list[list[float]]], base: list[float], columns: list[str], xlabel: str, title: str
+) -> None:
+    """Mean accuracy over the size, with the range of the seeds."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(7.6, 4.6))
+    axis.axvspan(SIZES[0] / 1.2, LARGEST, color="0.93", label="sizes in training")
+    for name, rows in found.items():
+        seeds = list(zip(*(row[2:] for row in rows), strict=True))
+        axis.plot(SIZES, [fmean(values) for values in seeds], color=COLOUR[name], marker=".", label=MODELS[name])
+        low, high = [min(values) for values in seeds], [max(values) for values in seeds]
+        axis.fill_between(SIZES, low, high, color=COLOUR[name], alpha=0.15)
+    axis.plot(SIZES, base, color="0.4", ls="--", lw=1, label=COMMONEST)
+    axis.set(xlabel=xlabel, ylabel="right answers (%)", xscale="log", ylim=(-2, 102), title=title)
+    axis.set_xlim(SIZES[0] / 1.2, SIZES[-1] * 1.2)
+    axis.set_xticks(SIZES, columns)
+    axis.minorticks_off()
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    figure.tight_layout()
+    with write_atomic(path) as temporary:
+        figure.savefig(temporary, dpi=130)
+    plt.close(figure)
 
 
 def main(argv: list[str] | None = None) -> list[list[object]]:
@@ -326,47 +407,102 @@ def main(argv: list[str] | None = None) -> list[list[object]]:
         "--models", default="all", help=f"all, or of {', '.join(MODELS)} with commas (default: %(default)s)"
     )
     parser.add_argument("--seeds", type=int, default=1, help="runs of each, from --seed on (default: %(default)s)")
-    parser.add_argument("--bits", type=int, default=6, help="of each number (default: %(default)s)")
+    parser.add_argument("--bits", type=int, default=8, help="of each number (default: %(default)s)")
     parser.add_argument("--hidden", type=int, default=64, help="channels (default: %(default)s)")
     parser.add_argument(
-        "--train", type=int, default=None, help="multisets to train on, drawn once (default: new ones in each step)"
+        "--train",
+        type=int,
+        default=None,
+        help="multisets or nodes to train on, drawn once; an epoch is all of them "
+        f"(default: new ones in each step; an epoch is {EPOCH} steps)",
     )
     training_flags(parser, out="runs/multiset_tasks/TASK", batch_size=256, lr=1e-3, budget="1 minute a run", threads=1)
     args = parser.parse_args(argv)
     names = list(MODELS) if args.models == "all" else [n.strip() for n in args.models.split(",") if n.strip()]
-    if unknown := [name for name in names if name not in MODELS]:
-        parser.error(f"--models must be of {', '.join(MODELS)}; got {', '.join(unknown)}")
-    for flag, low, high in (("seeds", 1, None), ("bits", 2, 20), ("hidden", 4, None), ("seed", 0, 2**30)):
-        value = getattr(args, flag)
-        if value < low or (high is not None and value > high):
-            parser.error(f"--{flag} must be {f'from {low} to {high}' if high else f'at least {low}'}, got {value}")
-    if args.hidden % 4:
-        parser.error(f"--hidden must be divisible by 4, the heads of SetTransformer, got {args.hidden}")
+    if (unknown := [name for name in names if name not in MODELS]) or not names:
+        parser.error(f"--models must be of {', '.join(MODELS)}; got {', '.join(unknown) or repr(args.models)}")
+    names = [name for name in MODELS if name in names]
+    for flag, low, high in (("seeds", 1, 10**4), ("bits", 2, 20), ("hidden", 4, 10**4), ("seed", 0, 10**9)):
+        if not low <= (value := getattr(args, flag)) <= high:
+            parser.error(f"--{flag} must be from {low} to {high}, got {value}")
+    if args.hidden % HEADS:
+        parser.error(f"--hidden must be divisible by {HEADS}, the heads of SetTransformer; got {args.hidden}")
+    if args.train is not None and args.train < args.batch_size:
+        parser.error(f"--train must be at least --batch-size, {args.batch_size}; got {args.train}")
     if args.devices > 1:
-        parser.error(
-            f"--devices must be 1: a run is timed on one, and others may be started beside it; got {args.devices}"
-        )
+        parser.error(f"--devices must be 1, as runs are timed: start other --models beside this; got {args.devices}")
     if args.out.name == "TASK":
         args.out = args.out.with_name(args.task)
     start(args)
-    if args.train is not None and args.train < args.batch_size:
-        parser.error(f"--train must be at least --batch-size, {args.batch_size}, got {args.train}")
     args.epoch_steps = EPOCH if args.train is None else args.train // args.batch_size
     args.max_steps = None if args.epochs is None else args.epochs * args.epoch_steps
     if args.smoke:
         args.max_steps, args.max_time = 4 if args.resume else 2, None
     elif args.epochs is None and args.max_time is None:
         args.max_time = SECONDS
+    seeds = range(args.seed, args.seed + args.seeds)
+    for path in [args.out / f"{name}-{seed}" / "settings.json" for name in names for seed in seeds]:
+        if args.resume and path.exists():
+            old = json.loads(path.read_text())
+            differ = [
+                f"{key} {old.get(key)}, not {value}" for key, value in settings(args).items() if old.get(key) != value
+            ]
+            if differ:
+                parser.error(f"--resume: {path.parent} was trained with {'; '.join(differ)}: give another --out")
 
     test = tests(args)
-    runs = {
-        name: {seed: train(name, seed, args, test) for seed in range(args.seed, args.seed + args.seeds)}
-        for name in names
-    }
-    for name, logs in runs.items():
-        for seed, rows in logs.items():
-            print(name, seed, rows[-1])
-    return []
+    runs = {name: [train(name, seed, args, test) for seed in seeds] for name in names}
+    logs = [rows for of_model in runs.values() for rows in of_model]
+    steps = max(set[float].intersection(*({row[0] for row in rows} for rows in logs)), default=None)
+    seconds = min(rows[-1][1] for rows in logs)
+    equal_steps = {} if steps is None else {name: [at_step(rows, steps) for rows in runs[name]] for name in names}
+    equal_time = {name: [at_time(rows, seconds) for rows in runs[name]] for name in names}
+    base = commonest(test)
+    several = args.seeds > 1
+    result: list[list[object]] = [[COMMONEST, "-", None, None, *base, *(["-"] if several else [])]]
+    for text, picked in (("steps", equal_steps), ("time", equal_time)):
+        for name, rows in picked.items():
+            step, second, *right = [fmean(column) for column in zip(*rows, strict=True)]
+            at = [row[Log.header.index(str(LARGEST))] for row in rows]
+            spread = [f"{min(at):.1f} to {max(at):.1f}"] if several else []
+            result.append([MODELS[name], text, round(step), round(second, 1), *(round(v, 1) for v in right), *spread])
+
+    each, elements = ("multisets", "numbers") if args.task == "set" else ("nodes", "neighbours")
+    columns = [str(size) if args.task == "set" else f"{size // 2 + 1}-{size}" for size in SIZES]
+    title = f"The second smallest of {elements}, {args.bits} bits"
+    learning(args.out / "learning.png", runs, f"{columns[SIZES.index(LARGEST)]} {elements}", title)
+    at_end = f"{title}, {seconds:.4g} s of training"
+    extrapolation(args.out / "extrapolation.png", equal_time, base, columns, f"{elements} of a {each[:-1]}", at_end)
+    gpu = args.accelerator != "cpu" and (torch.cuda.is_available() or args.accelerator != "auto")
+    seed = f"seeds {args.seed} to {seeds[-1]}" if several else f"seed {args.seed}"
+    tested = min(sum(batch.num_graphs for batch in batches) for batches in test.values())
+    notes = [
+        (
+            f"Columns {columns[0]} to {columns[-1]}: % of {tested} {each} with so many {elements} whose bits are all "
+            f"right; in training they had {SMALLEST} to {LARGEST}."
+        ),
+        (
+            f"Equal steps: at the last test that all runs came to. Equal time: after the {seconds:.4g} s of the "
+            f"shortest run, {'by the clock' if gpu else 'of the CPU'}, of forward, backward and update alone."
+        ),
+        (
+            f"{args.hidden} channels, batches of {args.batch_size}, lr {args.lr} after {WARMUP} steps, moving averages "
+            f"of {EMA}, {seed}, threads: {torch.get_num_threads()}."
+        ),
+    ]
+    if "k_smallest" in names:
+        notes.append(
+            "KSmallest(2) knows the order of numbers by construction: of the bits it learns one linear map, from equal "
+            "weights, by squared error at 10 times the rate, and the second smallest, rounded, is the answer."
+        )
+    if "gru" in names and args.task == "set":
+        notes.append("The multisets of a batch have one size: PyG's GRU runs on through the padding of smaller ones.")
+    elif "gru" in names:
+        notes.append("PyG's GRU runs on through padding: its answers depend on the largest neighbourhood of the batch.")
+    notes.append(f"Plots: {args.out}/learning.png, {args.out}/extrapolation.png")
+    header = ["aggregation", "equal", "steps", "seconds", *columns, *(["seeds at 16"] if several else [])]
+    report(args, title, header, result, notes)
+    return result
 
 
 if __name__ == "__main__":

@@ -1,0 +1,197 @@
+"""The examples of learned monoids: their data, their logs, and what their tables compare."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+for package in ("lightning", "matplotlib"):
+    pytest.importorskip(package, reason=f"the examples need {package}")
+
+
+def example(name: str):
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[2] / "examples" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+# --- multiset_tasks ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def multisets():
+    return example("multiset_tasks")
+
+
+def task(name: str, batch_size: int = 32) -> argparse.Namespace:
+    return argparse.Namespace(task=name, bits=8, batch_size=batch_size, smoke=False)
+
+
+def call(script, out: Path, *flags: str) -> list[list[object]]:
+    small = ["--batch-size", "128", "--hidden", "8", "--accelerator", "cpu", "--threads", "1", "--out", str(out)]
+    return script.main([*small, *flags])
+
+
+def numbers(bits: torch.Tensor) -> list[int]:
+    return [sum(1 << k for k, bit in enumerate(row) if bit > 0) for row in bits.tolist()]
+
+
+def test_multisets_hold_their_answer(multisets):
+    seen = set()
+    for seed in range(20):
+        batch = multisets.draw(task("set"), seed)
+        groups: dict[int, list[int]] = {}
+        for group, number in zip(batch.index.tolist(), numbers(batch.x), strict=True):
+            groups.setdefault(group, []).append(number)
+        assert [sorted(groups[group])[1] for group in range(32)] == batch.y.tolist()
+        seen |= {len(group) for group in groups.values()}
+    assert seen <= set(range(2, 17))
+    assert len(seen) > 8
+
+
+@pytest.mark.parametrize("sizes", [None, (9, 16)])
+def test_graphs_hold_their_answer(multisets, sizes):
+    batch = multisets.draw(task("neighbours"), 3, sizes)
+    value, (source, target) = numbers(batch.x), batch.edge_index.tolist()
+    heard = [[s for s, t in zip(source, target, strict=True) if t == node] for node in range(batch.num_graphs)]
+    assert target == sorted(target)  # PyG's GRU and SetTransformer need it
+    for node, neighbours in enumerate(heard):
+        assert len(set(neighbours)) == len(neighbours)
+        assert node not in neighbours
+        assert sorted(value[n] for n in neighbours)[1] == batch.y[node]
+    low, high = sizes or (2, 16)
+    assert {len(neighbours) for neighbours in heard} == set(range(low, high + 1))
+
+
+def test_a_seed_draws_the_same(multisets):
+    a, b, other = (multisets.draw(task("set"), seed) for seed in (5, 5, 6))
+    assert torch.equal(a.x, b.x)
+    assert not torch.equal(a.y, other.y)
+
+
+@pytest.mark.parametrize("name", ["set", "neighbours"])
+def test_two_smallest_solve_both_tasks_at_any_size(multisets, tmp_path, name):
+    flags = ["--task", name, "--models", "k_smallest", "--epochs", "8", "--lr", "3e-3"]
+    *_, by_time = call(multisets, tmp_path, *flags)
+    assert by_time[:2] == ["KSmallest(2), linear codec", "time"]
+    assert by_time[4:] == [100.0] * 5
+
+
+def test_a_crashed_run_goes_on_as_if_nothing_had_happened(multisets, tmp_path, monkeypatch):
+    # epochs, hence checkpoints, of 150 steps; tests every 100; the crash at 250 takes the test at 200 back
+    flags = ["--models", "gru", "--train", "19200", "--epochs", "2"]
+    call(multisets, tmp_path / "whole", *flags)
+    draw = multisets.draw
+
+    def crash(args, seed, sizes=None):
+        if sizes is None and count.append(seed) is None and len(count) == 250:
+            raise OSError("power cut")
+        return draw(args, seed, sizes)
+
+    count: list[int] = []
+    monkeypatch.setattr(multisets, "draw", crash)
+    with pytest.raises(OSError, match="power cut"):
+        call(multisets, tmp_path / "cut", *flags)
+    logs = [multisets.Log(tmp_path / name / "gru-0") for name in ("cut", "whole")]
+    assert [row[0] for row in logs[0].read()] == [100, 200]
+    call(multisets, tmp_path / "cut", *flags, "--resume")
+    resumed, whole = ([[row[0], *row[2:]] for row in log.read()] for log in logs)
+    assert [row[0] for row in whole] == [100, 200, 300]
+    assert resumed == whole
+    load_file = pytest.importorskip("safetensors.torch").load_file
+    states = [load_file(log.path.with_name("model.safetensors")) for log in logs]
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+
+
+def test_a_shorter_run_is_the_beginning_of_a_longer_one(multisets, tmp_path):
+    short, long = (multisets.Log(tmp_path / epochs / "max-0") for epochs in ("2", "4"))
+    for log in (short, long):
+        call(multisets, log.path.parents[1], "--models", "max", "--epochs", log.path.parents[1].name)
+    steps = [[[row[0], *row[2:]] for row in log.read()] for log in (short, long)]
+    assert [row[0] for row in steps[1]] == [100, 200, 300, 400]
+    assert steps[0] == steps[1][:2]
+
+
+def test_a_longer_budget_goes_on_and_keeps_the_places_of_tests(multisets, tmp_path):
+    call(multisets, tmp_path, "--models", "sum", "--train", "128", "--epochs", "130")
+    call(multisets, tmp_path, "--models", "sum", "--train", "128", "--epochs", "210", "--resume")
+    assert [row[0] for row in multisets.Log(tmp_path / "sum-0").read()] == [100, 130, 200, 210]
+
+
+def written(script, out: Path, logs: dict[str, list[list[float]]], **changed: object) -> None:
+    settings = {"task": "set", "bits": 8, "hidden": 8, "batch_size": 128, "lr": 0.001, "train": None, "threads": 1}
+    for name, rows in logs.items():
+        script.Log(out / name).write(rows)
+        (out / name / "settings.json").write_text(json.dumps(settings | changed))
+
+
+def test_tables_are_of_finished_runs(multisets, tmp_path, monkeypatch, capsys):
+    # by hand: all were tested at step 200 last, and the shortest took 60 s
+    logs = {
+        "sum-0": [
+            [100, 10, 1, 1, 0, 0, 0],
+            [200, 20, 2, 3, 0, 0, 0],
+            [300, 30, 3, 7, 0, 0, 0],
+            [650, 65, 4, 9, 0, 0, 0],
+        ],
+        "sum-1": [
+            [100, 10, 1, 1, 0, 0, 0],
+            [200, 22, 4, 4, 0, 0, 0],
+            [300, 31, 3, 7, 0, 0, 0],
+            [600, 60, 6, 8, 0, 0, 0],
+        ],
+        "gru-0": [[100, 25, 5, 5, 5, 5, 5], [200, 50, 8, 8, 8, 8, 8], [240, 60, 9, 9, 9, 9, 9]],
+        "gru-1": [[100, 25, 5, 5, 5, 5, 5], [200, 50, 6, 6, 6, 6, 6], [240, 60, 7, 7, 7, 7, 7]],
+    }
+    written(multisets, tmp_path, logs)
+    monkeypatch.delattr(multisets, "fit")  # nothing is trained
+    rows = call(multisets, tmp_path, "--models", "gru,sum", "--seeds", "2", "--max-time", "00:00:01:00", "--resume")
+    assert rows[1:] == [
+        ["sum", "steps", 200, 21.0, 3.0, 3.5, 0.0, 0.0, 0.0, "3.0 to 4.0"],
+        ["GRU", "steps", 200, 50.0, 7.0, 7.0, 7.0, 7.0, 7.0, "6.0 to 8.0"],
+        ["sum", "time", 625, 62.5, 5.0, 8.5, 0.0, 0.0, 0.0, "8.0 to 9.0"],
+        ["GRU", "time", 240, 60.0, 8.0, 8.0, 8.0, 8.0, 8.0, "7.0 to 9.0"],
+    ]
+    assert rows[0][0] == "always the commonest answer"
+    assert "after the 60 s of the shortest run" in capsys.readouterr().out
+    assert (tmp_path / "table.md").read_text().count("| sum ") == 2
+
+
+def test_runs_of_other_settings_do_not_mix(multisets, tmp_path, capsys):
+    written(multisets, tmp_path, {"max-0": [[100, 60, 1, 1, 1, 1, 1]]}, bits=6)
+    with pytest.raises(SystemExit):
+        call(multisets, tmp_path, "--resume")
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"--resume: {tmp_path / 'max-0'} was trained with bits 6, not 8: give another --out" in said
+
+
+@pytest.mark.parametrize(
+    ("flags", "text"),
+    [
+        (["--models", "sum,gpt"], "--models must be of sum, max,"),
+        (["--models", ","], "got ','"),
+        (["--seeds", "0"], "--seeds must be from 1"),
+        (["--bits", "1"], "--bits must be from 2 to 20, got 1"),
+        (["--hidden", "30"], "--hidden must be divisible by 4"),
+        (["--train", "3"], "--train must be at least --batch-size, 128; got 3"),
+        (["--devices", "2"], "--devices must be 1"),
+    ],
+)
+def test_flags_that_make_no_sense(multisets, tmp_path, capsys, flags, text):
+    with pytest.raises(SystemExit):
+        call(multisets, tmp_path, *flags)
+    assert text in " ".join(capsys.readouterr().err.split())
+
+
+def test_neighbours_by_a_layer_of_pyg(multisets, tmp_path):
+    rows = multisets.main(["--smoke", "--task", "neighbours", "--accelerator", "cpu", "--out", str(tmp_path)])
+    assert len(rows) == 1 + 2 * len(multisets.MODELS)
+    assert "33-64" in (tmp_path / "table.md").read_text()
