@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 
 import pytest
 import torch
@@ -40,11 +41,42 @@ def test_a_peer_that_takes_too_long_is_stopped():
     lines = 'import time; print(\'{"pass": "forward", "geo": 1}\', flush=True); time.sleep(60)'
     found, end = monoid._read([sys.executable, "-c", lines], 1.0)
     assert found == {"forward": {"pass": "forward", "geo": 1}}
-    assert end is not None
     assert end.startswith("stopped after 1 s")
     timing = Timing(2.0, 2.0, 2.0).__dict__
-    cells = monoid._cells({"why": end, "geo": timing, "anew": timing, "geo memory": 10**6}, "20", 1.0)
+    row = {"why": end, "geo": timing, "anew": timing, "geo memory": 10**6}
+    args = argparse.Namespace(clock="wall", device="cpu", patience=1.0)
+    cells = monoid._cells(row, "20", args)
     assert cells == [end, "2.00 (2.00-2.00)", "> 500", "20", "2.00 (2.00-2.00)", "> 500", "", "1"]
+    args.clock = "cpu"  # of which a process that waits may have had little
+    assert monoid._cells(row, "20", args)[2] == ""
+
+
+def test_a_pass_after_a_stopped_one(monkeypatch):
+    row = {"pass": PASSES[1], "why": "out of memory at 1 GB"}
+    ends = [({}, "stopped after 1 s"), ({PASSES[1]: row}, "")]
+    commands = []
+    monkeypatch.setattr(monoid, "_read", lambda command, patience: (commands.append(command), ends.pop(0))[1])
+    args = argparse.Namespace(clock="wall", device="cpu", patience=1.0)
+    rows, status = monoid.compare("power1e5", "LCM", [], args)
+    assert [r[3] for r in rows] == ["stopped after 1 s", "out of memory at 1 GB"]
+    assert [command[-1] for command in commands] == ["0", "1"]
+    assert status == 0
+
+
+def test_slow_peers_are_called_as_often_as_time_allows(monkeypatch):
+    args = argparse.Namespace(memory_limit=None, device="cpu", clock="wall", seconds=0.01, rounds=1)
+    monkeypatch.setattr(monoid, "limit_memory", lambda *args: 1e9)
+    for pause, number in ((0.011, 3), (0.1, 1)):
+        calls = []
+
+        def slow(calls=calls, pause=pause):
+            calls.append(time.sleep(pause))
+
+        rows = measure(Problem(torch.tensor([2, 3]), "cpu"), "GRU", slow, [], 0, args)
+        _, first, last = (next(rows) for _ in range(3))  # ours alone, the first call, all of them
+        assert first["peer"]["median"] >= 1e3 * pause
+        assert last["pass"] == "forward"
+        assert len(calls) == number
 
 
 def test_a_failure_is_a_failure(capsys, monkeypatch):
@@ -61,7 +93,7 @@ def test_other_errors_of_a_peer_are_raised():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(monoid, "limit_memory", lambda *args: 1e9)  # not of this process
-        rows = measure(Problem(torch.tensor([2, 3]), "cpu"), "GRU", broken, [], args)
+        rows = measure(Problem(torch.tensor([2, 3]), "cpu"), "GRU", broken, [], 0, args)
         assert next(rows)["pass"] == "forward"
         with pytest.raises(RuntimeError, match="no such kernel"):
             next(rows)
