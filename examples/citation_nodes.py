@@ -102,10 +102,15 @@ def load(args: argparse.Namespace) -> Data:
         except (FileNotFoundError, DamagedFileError) as error:
             raise SystemExit(str(error)) from error
     data.edge_index = sort_edge_index(data.edge_index, sort_by_row=False)  # PyG's LCM asks for sorted targets
+    return words(data)
+
+
+def words(data: Data) -> Data:
+    """Few words are in a paper: the entries of the rows of ``x``, of length 1, those of a paper from ``first`` on."""
     x = F.normalize(data.x, dim=1)
-    paper, data.word = x.nonzero(as_tuple=True)  # few words are in a paper: those from first[paper] on
+    paper, data.word = x.nonzero(as_tuple=True)
     data.weight = x[paper, data.word]
-    data.first = torch.searchsorted(paper, torch.arange(data.num_nodes))
+    data.first = torch.searchsorted(paper, torch.arange(len(x)))
     return data
 
 

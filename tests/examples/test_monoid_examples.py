@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import importlib.util
 import json
 from pathlib import Path
 
 import pytest
 import torch
+from torch_geometric.data import Data
+from torch_geometric.utils import degree
+
+from geo.nn import to_pyg_lcm
+from geo.testing import assert_close
 
 for package in ("lightning", "matplotlib"):
     pytest.importorskip(package, reason=f"the examples need {package}")
@@ -195,3 +201,133 @@ def test_neighbours_by_a_layer_of_pyg(multisets, tmp_path):
     rows = multisets.main(["--smoke", "--task", "neighbours", "--accelerator", "cpu", "--out", str(tmp_path)])
     assert len(rows) == 1 + 2 * len(multisets.MODELS)
     assert "33-64" in (tmp_path / "table.md").read_text()
+
+
+# --- citation_nodes ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def citations():
+    return example("citation_nodes")
+
+
+@pytest.fixture(scope="module")
+def papers(citations):
+    return citations.load(argparse.Namespace(data="made", smoke=False, seed=0))
+
+
+def test_made_papers_cite_as_papers_do(citations, papers):
+    assert papers.is_undirected()
+    assert not papers.has_self_loops()
+    assert torch.equal(papers.edge_index[1], papers.edge_index[1].sort().values)
+    count = degree(papers.edge_index[1], papers.num_nodes)
+    assert count.min() >= 1
+    assert count.max() > 6 * count.median(), "a few papers are cited very often"
+    same = (papers.y[papers.edge_index[0]] == papers.y[papers.edge_index[1]]).float().mean()
+    assert 0.4 < same < 0.8
+    again, other = citations.made(800, 0), citations.made(800, 1)
+    assert torch.equal(again.x, papers.x)
+    assert not torch.equal(other.x, papers.x)
+
+
+def test_splits_hold_no_paper_twice_and_none_without_topic(citations, papers):
+    data = copy.copy(papers)
+    data.y = data.y.masked_fill(torch.arange(800) % 10 == 0, -1)
+    drawn = [citations.split(data, number, 0) for number in (0, 1)]
+    for part in drawn:
+        masks = torch.stack([part.train_mask, part.val_mask, part.test_mask])
+        assert masks.sum(0).max() == 1
+        assert not masks[:, data.y < 0].any()
+        assert data.y[part.train_mask].bincount().tolist() == [20] * 6
+        assert 150 < int(part.val_mask.sum()) < int(part.test_mask.sum()) <= 400
+    assert not torch.equal(drawn[0].train_mask, drawn[1].train_mask)
+    assert torch.equal(citations.split(data, 1, 0).train_mask, drawn[1].train_mask)
+    assert "train_mask" not in data
+    assert citations.split(drawn[1], 0, 0) is drawn[1], "a published split is kept"
+
+
+def test_words_are_those_of_the_rows_of_unit_length(citations, papers):
+    data = copy.copy(papers)
+    data.x = torch.zeros(4, 5)
+    data.x[1, [0, 3]], data.x[2, 4] = torch.tensor([3.0, 4.0]), 2.0  # neither the first nor the last paper has words
+    citations.words(data)
+    assert data.word.tolist() == [0, 3, 4]
+    assert_close(data.weight, torch.tensor([0.6, 0.8, 1.0]))
+    assert data.first.tolist() == [0, 0, 2, 3]
+    data.edge_index = torch.zeros(2, 0, dtype=torch.int64)
+    model = citations.Classifier("sum", 5, 3, 2, 0.5).eval()
+    x = (torch.nn.functional.normalize(data.x, dim=1) @ model.words).relu()
+    expected = model.conv2(model.conv1(x, data.edge_index).relu(), data.edge_index)
+    assert_close(model(data), expected)
+
+
+def test_far_papers_change_only_where_trees_are_padded(citations):
+    papers = citations.load(argparse.Namespace(data="made", smoke=True, seed=0))
+    hub = int(degree(papers.edge_index[1]).argmax())
+    without = copy.copy(papers)
+    without.edge_index = papers.edge_index[:, (papers.edge_index != hub).all(dim=0)]
+    for name in citations.MODELS:
+        torch.manual_seed(0)
+        model = citations.Classifier(name, papers.x.size(1), 4, 6, 0.5).eval()
+        change, moved, num_far = citations.far_change(model, papers)
+        assert 20 < num_far < 100
+        if name == "lcm":
+            assert change > 1e-4
+        else:
+            assert change < 1e-6, name
+            assert moved == 0, name
+        near = papers.edge_index[0, papers.edge_index[1] == hub]
+        with torch.no_grad():
+            assert float((model(papers) - model(without))[near].abs().max()) > 1e-4, "what is near does change"
+
+
+def test_trees_of_pyg_agree_where_all_have_as_many_neighbours(citations):
+    ring = torch.arange(12)
+    edges = torch.cat([torch.stack([(ring + k) % 12, ring]) for k in (-2, -1, 1, 2)], dim=1)
+    data = citations.words(Data(torch.eye(12), edges[:, edges[1].argsort(stable=True)]))
+    ours = citations.Classifier("gru", 12, 8, 3, 0.5).eval()
+    theirs = copy.deepcopy(ours)
+    for conv in (theirs.conv1, theirs.conv2):
+        conv.aggr_module = to_pyg_lcm(conv.aggr_module)
+    assert_close(ours(data), theirs(data))
+
+
+def test_topics_are_learned(citations, tmp_path, capsys):
+    rows = citations.main(
+        ["--models", "mean,gru", "--runs", "1", "--epochs", "40", "--threads", "1", "--out", str(tmp_path)]
+    )
+    assert [row[0] for row in rows] == ["mean", "BinaryGRU"]
+    assert all(row[1] > 55 for row in rows), "of six topics"
+    assert all(row[5:] == [0.0, 0] for row in rows)
+    printed = capsys.readouterr().out
+    assert "made: 800 papers" in printed
+    assert "a layer merges 3,912 times, padded 48,800 times" in printed
+
+
+def test_cora_by_its_root(citations, geo_data, tmp_path):
+    root = str(geo_data / "planetoid")
+    flags = ["--smoke", "--accelerator", "cpu", "--threads", "1", "--out", str(tmp_path), "--root", root]
+    rows = citations.main([*flags, "--models", "mean,max"])
+    assert len(rows) == 2
+    assert "Test accuracy on cora, 2708 papers, 7 topics" in (tmp_path / "table.md").read_text()
+    assert "7,848 merges; padded to 168 neighbours 452,236" in (tmp_path / "table.md").read_text()
+
+
+def test_wrong_flags_and_files_of_citations(citations, tmp_path, capsys):
+    for flags, message in (
+        (["--data", "cora"], "--data cora needs --root, the folder that PyG's Planetoid was given"),
+        (["--models", ""], "--models must be of mean, max, sum, lcm, gru"),
+        (["--runs", "0"], "--runs: must be a whole number of at least 1, got '0'"),
+        (["--dropout", "1"], "--dropout must be at least 0 and below 1, got 1.0"),
+        (["--data", "karate"], "invalid choice: 'karate'"),
+    ):
+        with pytest.raises(SystemExit):
+            citations.main([*flags, "--out", str(tmp_path / "out")])
+        assert message in capsys.readouterr().err
+    with pytest.raises(SystemExit, match=r"Cora as PyG's Planetoid keeps it: no file .*ind\.cora\.x; put it there"):
+        citations.main(["--root", str(tmp_path), "--out", str(tmp_path / "out")])
+    (tmp_path / "Cora" / "raw").mkdir(parents=True)
+    for part in ("x", "tx", "allx", "y", "ty", "ally", "graph", "test.index"):
+        (tmp_path / "Cora" / "raw" / f"ind.cora.{part}").write_bytes(b"\x80\x02N.")
+    with pytest.raises(SystemExit, match=r"ind\.cora\.x: cannot be read, it is damaged"):
+        citations.main(["--root", str(tmp_path), "--out", str(tmp_path / "out")])
