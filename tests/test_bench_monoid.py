@@ -38,33 +38,40 @@ def test_a_peer_without_memory_says_so(capsys):
 
 
 def test_a_peer_that_takes_too_long_is_stopped():
-    lines = 'import time; print(\'{"pass": "forward", "geo": 1}\', flush=True); time.sleep(60)'
-    found, end = monoid._read([sys.executable, "-c", lines], 1.0)
+    program = (
+        "from geo.bench.monoid import _limited_time\n"
+        'print(\'{"pass": "forward", "geo": 1}\', flush=True)\n'
+        "with _limited_time(1): pass\n"
+        "sum(range(10**5))\n"  # no limit here
+        "with _limited_time(1):\n"
+        "    while True: pass\n"
+    )
+    found, end = monoid._read([sys.executable, "-c", program])
     assert found == {"forward": {"pass": "forward", "geo": 1}}
-    assert end.startswith("stopped after 1 s")
+    assert end.startswith("stopped at 0.")
     timing = Timing(2.0, 2.0, 2.0).__dict__
     row = {"why": end, "geo": timing, "anew": timing, "geo memory": 10**6}
-    args = argparse.Namespace(clock="wall", device="cpu", patience=1.0)
-    cells = monoid._cells(row, "20", args)
-    assert cells == [end, "2.00 (2.00-2.00)", "> 500", "20", "2.00 (2.00-2.00)", "> 500", "", "1"]
-    args.clock = "cpu"  # of which a process that waits may have had little
-    assert monoid._cells(row, "20", args)[2] == ""
+    args = argparse.Namespace(clock="cpu", device="cpu", patience=1, threads=2)
+    ours = "2.00 (2.00-2.00)"
+    assert monoid._cells(row, "20", args) == [f"> 1000, {end}", ours, "> 500", "20", ours, "> 500", "", "1"]
+    args.clock = "wall"  # the least that two threads need
+    assert monoid._cells(row, "20", args)[2] == "> 250"
 
 
 def test_a_pass_after_a_stopped_one(monkeypatch):
     row = {"pass": PASSES[1], "why": "out of memory at 1 GB"}
-    ends = [({}, "stopped after 1 s"), ({PASSES[1]: row}, "")]
+    ends = [({}, "stopped at 1 GB"), ({PASSES[1]: row}, "")]
     commands = []
-    monkeypatch.setattr(monoid, "_read", lambda command, patience: (commands.append(command), ends.pop(0))[1])
+    monkeypatch.setattr(monoid, "_read", lambda command: (commands.append(command), ends.pop(0))[1])
     args = argparse.Namespace(clock="wall", device="cpu", patience=1.0)
     rows, status = monoid.compare("power1e5", "LCM", [], args)
-    assert [r[3] for r in rows] == ["stopped after 1 s", "out of memory at 1 GB"]
+    assert [r[3] for r in rows] == ["stopped at 1 GB", "out of memory at 1 GB"]
     assert [command[-1] for command in commands] == ["0", "1"]
     assert status == 0
 
 
 def test_slow_peers_are_called_as_often_as_time_allows(monkeypatch):
-    args = argparse.Namespace(memory_limit=None, device="cpu", clock="wall", seconds=0.01, rounds=1)
+    args = argparse.Namespace(memory_limit=None, device="cpu", clock="wall", seconds=0.01, rounds=1, patience=60)
     monkeypatch.setattr(monoid, "limit_memory", lambda *args: 1e9)
     for pause, number in ((0.011, 3), (0.1, 1)):
         calls = []
@@ -86,7 +93,7 @@ def test_a_failure_is_a_failure(capsys, monkeypatch):
 
 
 def test_other_errors_of_a_peer_are_raised():
-    args = argparse.Namespace(memory_limit=None, device="cpu", clock="cpu", seconds=1.0, rounds=1)
+    args = argparse.Namespace(memory_limit=None, device="cpu", clock="cpu", seconds=1.0, rounds=1, patience=60)
 
     def broken():
         raise RuntimeError("no such kernel")

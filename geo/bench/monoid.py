@@ -4,9 +4,9 @@ PyG pads all groups to the largest, ours pads nothing. Before anything is timed,
 gradients, with PyG's LCMAggregation of the same weights on groups of one size, with a loop over groups on others, and
 exact monoids with their fold. The other peers compute functions of their own.
 
-Each peer runs in a process of its own, turn by turn with ours, under a limit of memory and of time, so that one that
-needs more ends there and the page says at how much. A peer whose call takes longer than ``--seconds`` is called up to
-three times, but once where that takes long enough, and not in turns.
+Each peer runs in a process of its own, turn by turn with ours, under a limit of memory and of processor time, so
+that one that needs more ends there and the page says at how much. A peer whose call takes longer than ``--seconds`` is
+called up to three times, but once where that takes long enough, and not in turns.
 """
 
 from __future__ import annotations
@@ -15,12 +15,14 @@ import argparse
 import datetime
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,7 +102,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--fraction", type=float, default=1.0, help="of the groups to take: less for a quick look")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each candidate")
     parser.add_argument("--seconds", type=float, default=2.0, help="after which a candidate has one call a turn")
-    parser.add_argument("--patience", type=float, default=45.0, help="seconds after which a peer's pass is stopped")
+    parser.add_argument("--patience", type=int, default=45, help="seconds of a peer's first call, all threads together")
     parser.add_argument("--clock", choices=["wall", "cpu"], default="wall", help="cpu: on a busy machine")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--memory-limit", type=float, help="of a peer, in GB (default: 0.8 of what is available)")
@@ -269,13 +271,11 @@ def compare(name: str, peer: str, argv: Sequence[str], args: argparse.Namespace)
     """The lines of a peer, measured in a process of its own; and 1 if that failed."""
     case = CASES[name]
     command = [sys.executable, "-m", "geo", "bench", "monoid", *argv, "--child", name, peer]
-    ends = [""] * len(PASSES)
-    found, ends[0] = _read([*command, "0"], args.patience)
-    if ends[0].startswith("stopped") and PASSES[1] not in found:
-        again, ends[1] = _read([*command, "1"], args.patience)
+    found, end = _read([*command, "0"])
+    ends = [end, end]
+    if end.startswith("stopped") and PASSES[1] not in found:
+        again, ends[1] = _read([*command, "1"])
         found |= again
-    else:
-        ends[1] = ends[0]
     rows = []
     for which, end, target in zip(PASSES, ends, case.targets.get(peer, ("", "")), strict=True):
         row = {"why": end, **found.get(which, {})}
@@ -284,31 +284,17 @@ def compare(name: str, peer: str, argv: Sequence[str], args: argparse.Namespace)
     return rows, int(any(end.startswith("failed") for end in ends))
 
 
-def _read(command: Sequence[str], patience: float) -> tuple[dict[str, dict[str, Any]], str]:
-    """What a process found in each pass, and why it ended early; it is stopped where a line takes long."""
+def _read(command: Sequence[str]) -> tuple[dict[str, dict[str, Any]], str]:
+    """What a process found in each pass, and why it ended early."""
     found: dict[str, dict[str, Any]] = {}
-    stopped: list[str] = []
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-
-        def stop() -> None:
-            status = Path(f"/proc/{process.pid}/status")
-            lines = status.read_text().splitlines() if status.is_file() else []
-            peak = [int(line.split()[1]) / 1e6 for line in lines if line.startswith("VmHWM")]
-            stopped.append(f"stopped after {patience:.0f} s" + "".join(f" at {p:.1f} GB" for p in peak))
-            process.kill()
-
         assert process.stdout is not None
-        while True:
-            timer = threading.Timer(patience, stop)
-            timer.start()
-            line = process.stdout.readline()
-            timer.cancel()
-            if not line:
-                break
-            row = json.loads(line)
+        for row in map(json.loads, process.stdout):
             found.setdefault(row["pass"], {}).update(row)
-    if stopped:
-        return found, stopped[0]
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode == -signal.SIGTERM:
+        return found, f"stopped at {_gigabytes(1024 * usage.ru_maxrss)}"
     return found, f"failed, exit status {process.returncode}" if process.returncode else ""
 
 
@@ -321,8 +307,9 @@ def _cells(row: dict[str, Any], target: str, args: argparse.Namespace) -> list[s
     if "peer" in row:
         timing = Timing(**row["peer"])
         theirs, ratios = str(timing), [f"{timing.median / t.median:.1f}" for t in (ours, anew)]
-    elif theirs.startswith("stopped") and _clock(args) != "cpu":
-        ratios = [f"> {1e3 * args.patience / t.median:.0f}" for t in (ours, anew)]
+    elif theirs.startswith("stopped"):
+        least = args.patience / (1 if _clock(args) == "cpu" else args.threads)  # seconds, if no thread ever waited
+        theirs, ratios = f"> {1e3 * least:.0f}, {theirs}", [f"> {1e3 * least / t.median:.0f}" for t in (ours, anew)]
     return [theirs, str(ours), ratios[0], target, str(anew), ratios[1], *memory]
 
 
@@ -358,7 +345,8 @@ def measure(
             continue
         theirs = _Timed(step(call, wanted), args)
         try:
-            memory = peak_extra_memory(_FromSecond(theirs), args.device)
+            with _limited_time(args.patience):
+                memory = peak_extra_memory(_FromSecond(theirs), args.device)
         except (MemoryError, RuntimeError) as err:
             if not out_of_memory(err):
                 raise
@@ -373,6 +361,25 @@ def measure(
             memory = peak_extra_memory(theirs, args.device)
             times = interleave({"peer": theirs, **ours}, args.rounds, 2, _clock(args), args.seconds)
         yield {**row, "peer memory": memory, **_plain(times)}
+
+
+@contextmanager
+def _limited_time(seconds: int) -> Iterator[None]:
+    """End this process if it works longer than that; the system's own limit would make ``process_time`` coarse."""
+    start, done = time.process_time(), threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.2):
+            if time.process_time() - start > seconds:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
 
 
 class _Timed:
