@@ -23,6 +23,8 @@ not count for, so --max-time, too, is more by the clock on the wall. It runs on 
 Each run logs its accuracies in OUT/MODEL-SEED/accuracy.csv. With --resume finished runs are not repeated, and those
 of other calls serve in the table, so that runs may be started one by one.
 
+--batch-size counts multisets, or the nodes of a graph.
+
   python examples/multiset_tasks.py                                    # 1 minute each, about 10 minutes
   python examples/multiset_tasks.py --task neighbours
   python examples/multiset_tasks.py --max-time 00:00:10:00 --seeds 3 --out runs/multiset_long
@@ -84,15 +86,11 @@ EMA = 0.99
 SECONDS = 60.0
 
 
-class Second(nn.Module):
-    """The second of two channels."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x[:, 1:]
-
-
 class Learner(nn.Module):
-    """Bits of numbers, encoder, aggregation, decoder, bits of the second smallest; called with a batch."""
+    """Bits of numbers, encoder, aggregation, decoder, bits of the second smallest; called with a batch.
+
+    With ``k_smallest`` a number is encoded as one number, and the output is the two smallest.
+    """
 
     def __init__(self, name: str, task: str, bits: int, hidden: int) -> None:
         super().__init__()
@@ -117,7 +115,7 @@ class Learner(nn.Module):
             aggregation = {"sum": SumAggregation, "max": MaxAggregation, "mean": MeanAggregation}[name]()
         self.decoder: nn.Module = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, bits))
         if name == "k_smallest":
-            self.encoder, self.decoder = nn.Linear(bits, 1), Second()
+            self.encoder, self.decoder = nn.Linear(bits, 1), nn.Identity()
             nn.init.constant_(self.encoder.weight, 1 / bits)
         self.aggregation = SimpleConv(aggregation) if task == "neighbours" else aggregation
 
@@ -141,11 +139,11 @@ def right_bits(prediction: Tensor, batch: Data) -> Tensor:
 
 
 def number_loss(prediction: Tensor, batch: Data) -> Tensor:
-    return F.mse_loss(prediction.squeeze(1), batch.y / 2.0**batch.bits)
+    return F.mse_loss(prediction[:, 1], batch.y / 2.0**batch.bits)
 
 
 def right_number(prediction: Tensor, batch: Data) -> Tensor:
-    return (prediction.squeeze(1) * 2**batch.bits).round().long() == batch.y
+    return (prediction[:, 1] * 2**batch.bits).round().long() == batch.y
 
 
 def draw(args: argparse.Namespace, seed: int, sizes: tuple[int, int] | None = None) -> Data:
@@ -336,12 +334,8 @@ def train(name: str, seed: int, args: argparse.Namespace, test: dict[int, list[D
     return rows
 
 
-def at_step(rows: list[list[float]], step: float) -> list[float]:
-    return next(row for row in rows if row[0] == step)
-
-
-def at_time(rows: list[list[float]], seconds: float) -> list[float]:
-    return min(rows, key=lambda row: abs(row[1] - seconds))
+def nearest(rows: list[list[float]], column: int, value: float) -> list[float]:
+    return min(rows, key=lambda row: abs(row[column] - value))
 
 
 def learning(path: Path, runs: dict[str, list[list[list[float]]]], size: str, title: str) -> None:
@@ -400,7 +394,8 @@ def extrapolation(
     plt.close(figure)
 
 
-def main(argv: list[str] | None = None) -> list[list[object]]:
+def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str], range]:
+    """The flags, the names of the models and the seeds."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", choices=["set", "neighbours"], default="set", help="(default: %(default)s)")
     parser.add_argument(
@@ -442,21 +437,21 @@ def main(argv: list[str] | None = None) -> list[list[object]]:
         args.max_time = SECONDS
     seeds = range(args.seed, args.seed + args.seeds)
     for path in [args.out / f"{name}-{seed}" / "settings.json" for name in names for seed in seeds]:
-        if args.resume and path.exists():
-            old = json.loads(path.read_text())
-            differ = [
-                f"{key} {old.get(key)}, not {value}" for key, value in settings(args).items() if old.get(key) != value
-            ]
-            if differ:
-                parser.error(f"--resume: {path.parent} was trained with {'; '.join(differ)}: give another --out")
+        old = json.loads(path.read_text()) if args.resume and path.exists() else settings(args)
+        if differ := [f"{key} {old.get(key)}, not {now}" for key, now in settings(args).items() if old.get(key) != now]:
+            parser.error(f"--resume: {path.parent} was trained with {'; '.join(differ)}: give another --out")
+    return args, names, seeds
 
+
+def main(argv: list[str] | None = None) -> list[list[object]]:
+    args, names, seeds = parse(argv)
     test = tests(args)
     runs = {name: [train(name, seed, args, test) for seed in seeds] for name in names}
     logs = [rows for of_model in runs.values() for rows in of_model]
     steps = max(set[float].intersection(*({row[0] for row in rows} for rows in logs)), default=None)
     seconds = min(rows[-1][1] for rows in logs)
-    equal_steps = {} if steps is None else {name: [at_step(rows, steps) for rows in runs[name]] for name in names}
-    equal_time = {name: [at_time(rows, seconds) for rows in runs[name]] for name in names}
+    equal_steps = {} if steps is None else {name: [nearest(rows, 0, steps) for rows in runs[name]] for name in names}
+    equal_time = {name: [nearest(rows, 1, seconds) for rows in runs[name]] for name in names}
     base = commonest(test)
     several = args.seeds > 1
     result: list[list[object]] = [[COMMONEST, "-", None, None, *base, *(["-"] if several else [])]]
@@ -482,8 +477,8 @@ def main(argv: list[str] | None = None) -> list[list[object]]:
             f"right; in training they had {SMALLEST} to {LARGEST}."
         ),
         (
-            f"Equal steps: at the last test that all runs came to. Equal time: after the {seconds:.4g} s of the "
-            f"shortest run, {'by the clock' if gpu else 'of the CPU'}, of forward, backward and update alone."
+            f"Equal steps: at the last test that all runs came to. Equal time: after {seconds:.4g} s of forward, "
+            f"backward and update ({'wall clock' if gpu else 'CPU time'}), those of the shortest run."
         ),
         (
             f"{args.hidden} channels, batches of {args.batch_size}, lr {args.lr} after {WARMUP} steps, moving averages "

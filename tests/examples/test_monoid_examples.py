@@ -42,7 +42,7 @@ def task(name: str, batch_size: int = 32) -> argparse.Namespace:
 
 
 def call(script, out: Path, *flags: str) -> list[list[object]]:
-    small = ["--batch-size", "128", "--hidden", "8", "--accelerator", "cpu", "--threads", "1", "--out", str(out)]
+    small = ["--batch-size", "128", "--hidden", "32", "--accelerator", "cpu", "--threads", "1", "--out", str(out)]
     return script.main([*small, *flags])
 
 
@@ -83,22 +83,37 @@ def test_a_seed_draws_the_same(multisets):
     assert not torch.equal(a.y, other.y)
 
 
+@pytest.fixture
+def quick(multisets, monkeypatch):
+    """Short runs that learn: averages of the last steps alone, and tests at every tenth step."""
+    for name, value in (("EPOCH", 10), ("WARMUP", 5), ("EMA", 0.5)):
+        monkeypatch.setattr(multisets, name, value)
+
+
+@pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("name", ["set", "neighbours"])
-def test_two_smallest_solve_both_tasks_at_any_size(multisets, tmp_path, name):
-    flags = ["--task", name, "--models", "k_smallest", "--epochs", "8", "--lr", "3e-3"]
+def test_two_smallest_solve_both_tasks_at_any_size(multisets, tmp_path, monkeypatch, name):
+    monkeypatch.setattr(multisets, "EPOCH", 100)
+    flags = ["--task", name, "--models", "k_smallest", "--epochs", "3", "--lr", "3e-3"]
     *_, by_time = call(multisets, tmp_path, *flags)
     assert by_time[:2] == ["KSmallest(2), linear codec", "time"]
     assert by_time[4:] == [100.0] * 5
 
 
+def logged(script, out: Path, name: str) -> list[list[float]]:
+    """Steps and accuracies of a run, without its seconds."""
+    return [[row[0], *row[2:]] for row in script.Log(out / name).read()]
+
+
+@pytest.mark.usefixtures("quick")
 def test_a_crashed_run_goes_on_as_if_nothing_had_happened(multisets, tmp_path, monkeypatch):
-    # epochs, hence checkpoints, of 150 steps; tests every 100; the crash at 250 takes the test at 200 back
-    flags = ["--models", "gru", "--train", "19200", "--epochs", "2"]
+    # epochs, hence checkpoints, of 15 steps; the crash at 25 takes the test at 20 back
+    flags = ["--models", "gru", "--train", "1920", "--epochs", "2", "--lr", "0.01"]
     call(multisets, tmp_path / "whole", *flags)
     draw = multisets.draw
 
     def crash(args, seed, sizes=None):
-        if sizes is None and count.append(seed) is None and len(count) == 250:
+        if sizes is None and count.append(seed) is None and len(count) == 25:
             raise OSError("power cut")
         return draw(args, seed, sizes)
 
@@ -106,34 +121,35 @@ def test_a_crashed_run_goes_on_as_if_nothing_had_happened(multisets, tmp_path, m
     monkeypatch.setattr(multisets, "draw", crash)
     with pytest.raises(OSError, match="power cut"):
         call(multisets, tmp_path / "cut", *flags)
-    logs = [multisets.Log(tmp_path / name / "gru-0") for name in ("cut", "whole")]
-    assert [row[0] for row in logs[0].read()] == [100, 200]
+    assert [row[0] for row in logged(multisets, tmp_path / "cut", "gru-0")] == [10, 20]
     call(multisets, tmp_path / "cut", *flags, "--resume")
-    resumed, whole = ([[row[0], *row[2:]] for row in log.read()] for log in logs)
-    assert [row[0] for row in whole] == [100, 200, 300]
-    assert resumed == whole
+    whole = logged(multisets, tmp_path / "whole", "gru-0")
+    assert [row[0] for row in whole] == [10, 20, 30]
+    assert logged(multisets, tmp_path / "cut", "gru-0") == whole
     load_file = pytest.importorskip("safetensors.torch").load_file
-    states = [load_file(log.path.with_name("model.safetensors")) for log in logs]
+    states = [load_file(tmp_path / name / "gru-0" / "model.safetensors") for name in ("cut", "whole")]
     assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
 
 
+@pytest.mark.usefixtures("quick")
 def test_a_shorter_run_is_the_beginning_of_a_longer_one(multisets, tmp_path):
-    short, long = (multisets.Log(tmp_path / epochs / "max-0") for epochs in ("2", "4"))
-    for log in (short, long):
-        call(multisets, log.path.parents[1], "--models", "max", "--epochs", log.path.parents[1].name)
-    steps = [[[row[0], *row[2:]] for row in log.read()] for log in (short, long)]
-    assert [row[0] for row in steps[1]] == [100, 200, 300, 400]
-    assert steps[0] == steps[1][:2]
+    for epochs in ("2", "4"):
+        call(multisets, tmp_path / epochs, "--models", "max", "--epochs", epochs, "--lr", "0.01")
+    short, long = (logged(multisets, tmp_path / epochs, "max-0") for epochs in ("2", "4"))
+    assert [row[0] for row in long] == [10, 20, 30, 40]
+    assert len({tuple(row[1:]) for row in long}) == 4  # it learns
+    assert short == long[:2]
 
 
+@pytest.mark.usefixtures("quick")
 def test_a_longer_budget_goes_on_and_keeps_the_places_of_tests(multisets, tmp_path):
-    call(multisets, tmp_path, "--models", "sum", "--train", "128", "--epochs", "130")
-    call(multisets, tmp_path, "--models", "sum", "--train", "128", "--epochs", "210", "--resume")
-    assert [row[0] for row in multisets.Log(tmp_path / "sum-0").read()] == [100, 130, 200, 210]
+    call(multisets, tmp_path, "--models", "sum", "--train", "128", "--epochs", "13")
+    call(multisets, tmp_path, "--models", "sum", "--train", "128", "--epochs", "21", "--resume")
+    assert [row[0] for row in logged(multisets, tmp_path, "sum-0")] == [10, 13, 20, 21]
 
 
 def written(script, out: Path, logs: dict[str, list[list[float]]], **changed: object) -> None:
-    settings = {"task": "set", "bits": 8, "hidden": 8, "batch_size": 128, "lr": 0.001, "train": None, "threads": 1}
+    settings = {"task": "set", "bits": 8, "hidden": 32, "batch_size": 128, "lr": 0.001, "train": None, "threads": 1}
     for name, rows in logs.items():
         script.Log(out / name).write(rows)
         (out / name / "settings.json").write_text(json.dumps(settings | changed))
@@ -167,7 +183,7 @@ def test_tables_are_of_finished_runs(multisets, tmp_path, monkeypatch, capsys):
         ["GRU", "time", 240, 60.0, 8.0, 8.0, 8.0, 8.0, 8.0, "7.0 to 9.0"],
     ]
     assert rows[0][0] == "always the commonest answer"
-    assert "after the 60 s of the shortest run" in capsys.readouterr().out
+    assert "Equal time: after 60 s of forward" in capsys.readouterr().out
     assert (tmp_path / "table.md").read_text().count("| sum ") == 2
 
 
