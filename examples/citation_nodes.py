@@ -21,7 +21,7 @@ path of two steps leads there, their outputs should not change. Those of padded 
 20 papers of each topic are known. Split 0 of cora, citeseer and pubmed is the published one, all others are drawn.
 
   python examples/citation_nodes.py                       # five minutes, most of it PyG's LCM
-  python examples/citation_nodes.py --root DIR            # cora, with lcm at ten times the time of all others together
+  python examples/citation_nodes.py --root DIR            # cora; lcm takes nine minutes a run, the others seconds
   python examples/citation_nodes.py --root DIR --data citeseer --models mean,max,gru --splits 10 --runs 1
 """
 
