@@ -160,10 +160,10 @@ def draw(args: argparse.Namespace, seed: int, sizes: tuple[int, int] | None = No
     else:
         num = max(num, 8 * high)  # so that nodes share few neighbours
         numbers = torch.randint(2**args.bits, (num,), generator=generator)
-        size = torch.randint(low, high + 1, (num, 1), generator=generator)
+        degree = torch.randint(low, high + 1, (num, 1), generator=generator)
         chance = torch.rand(num, num, generator=generator).fill_diagonal_(-1.0)
         neighbour = chance.topk(high).indices
-        there = torch.arange(high) < size
+        there = torch.arange(high) < degree
         batch = Data(edge_index=torch.stack([neighbour[there], there.nonzero()[:, 0]]))
         second = numbers[neighbour].masked_fill(~there, 2**args.bits).topk(2, largest=False).values[:, 1]
     batch.x = 2.0 * as_bits(numbers, args.bits) - 1.0
