@@ -25,7 +25,7 @@ of other calls serve in the table, so that runs may be started one by one.
 
 --batch-size counts multisets, or the nodes of a graph.
 
-  python examples/multiset_tasks.py                                    # 1 minute each, about 10 minutes
+  python examples/multiset_tasks.py                                    # 1 minute each, about 12 minutes
   python examples/multiset_tasks.py --task neighbours
   python examples/multiset_tasks.py --max-time 00:00:10:00 --seeds 3 --out runs/multiset_long
   python examples/multiset_tasks.py --max-time 00:00:10:00 --seed 2 --models gru --out runs/multiset_long
