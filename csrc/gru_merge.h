@@ -9,27 +9,58 @@
 
 namespace geo {
 
+// What a backend may do in its own way.
+template <class T, class V>
+struct GRUMath {
+  GEO_HD_INLINE V times_power(V v, V n, V shifted) { return TimesPowerOfTwo<T, V>::of(v, n, shifted); }
+  GEO_HD_INLINE V power(V shifted) { return power_of_two<T>(shifted); }
+  // 1 / d for d from 1 to 1e18
+  GEO_HD_INLINE V reciprocal(V d) { return T(1) / d; }
+  // x cut to [least, most]; NaN stays
+  GEO_HD_INLINE V cut(V x, T least, T most) {
+    const V low = V{} + least, high = V{} + most, above = low > x ? low : x;
+    return high < above ? high : above;
+  }
+};
+
+// x = n log(2) + rest, for x cut to [least, most]; as exact as x itself is.
+template <class T, class V>
+struct Halvings {
+  V shifted, n, rest;  // shifted: n + GeluNumbers<T>::shift
+  GEO_HD_INLINE Halvings of(V x, T least, T most) {
+    using G = GeluNumbers<T>;
+    const V cut = GRUMath<T, V>::cut(x, least, most);
+    const V shifted = cut * ExpNumbers<T>::log2e + G::shift, n = shifted - G::shift;
+    return {shifted, n, cut - n * T(0.693147180559945309417)};
+  }
+};
+constexpr int kFar = 40;  // the gates are 1 beyond, tanh from half of it on
+
 // 1 / (1 + exp(-x))
 template <class T, class V>
 GEO_HD_INLINE V sigmoid(V x) {
-  const V w = exp_value<T>(-magnitude<T>(x));
-  return (x < V{} ? w : V{} + T(1)) / (w + T(1));
+  const auto h = Halvings<T, V>::of(x, ExpNumbers<T>::least, T(kFar));
+  const V w = GRUMath<T, V>::times_power(small_exp(h.rest, T{}), h.n, h.shifted);
+  return w * GRUMath<T, V>::reciprocal(w + T(1));
 }
 
-// The odd series of tanh to |x| = 1/4, by z = x^2.
+// (exp(r) - 1) / r for |r| <= log(2) / 2, by the terms of small_exp
 template <class V>
-GEO_HD_INLINE V tanh_series(V z, float) {
-  return horner(z, 1.0f, -0.3333333333f, 0.1333333333f, -0.0539682540f, 0.0218694885f);
+GEO_HD_INLINE V small_growth(V r, float) {
+  return horner(r, 1.0f, 0.5f, 0.1666657631f, 0.04166655376f, 0.008363292753f, 0.001392632562f);
 }
 template <class V>
-GEO_HD_INLINE V tanh_series(V z, double) {
-  return horner(z, 1.0, -1.0 / 3, 2.0 / 15, -17.0 / 315, 62.0 / 2835, -1382.0 / 155925, 21844.0 / 6081075,
-                -929569.0 / 638512875, 6404582.0 / 10854718875, -443861162.0 / 1856156927625);
+GEO_HD_INLINE V small_growth(V r, double) {
+  return horner(r, 1.0, 0.500000000000000104, 0.166666666666666675, 0.0416666666666234768, 0.00833333333333001176,
+                0.00138888889175382958, 0.000198412698633032233, 0.0000248015207925726928, 2.75572680728900983e-6,
+                2.76203274282682382e-7, 2.51005692758136826e-8);
 }
+// By w = exp(2 x) - 1, which has all digits where x is small: w / (w + 2)
 template <class T, class V>
 GEO_HD_INLINE V tanh_value(V x) {
-  const V a = magnitude<T>(x), w = exp_value<T>(a * T(-2)), far = (T(1) - w) / (w + T(1));
-  return a < V{} + T(0.25) ? x * tanh_series(x * x, T{}) : x < V{} ? -far : far;
+  const auto h = Halvings<T, V>::of(x + x, T(-kFar), T(kFar));
+  const V power = GRUMath<T, V>::power(h.shifted), w = h.rest * small_growth(h.rest, T{}) * power + (power - T(1));
+  return w * GRUMath<T, V>::reciprocal(w + T(2));
 }
 
 // Of one way: the reset gate r, the update gate z, the new value n, and what r is multiplied with.

@@ -136,7 +136,7 @@ def _kernel(x: Tensor, left: Tensor, right: Tensor, weight: Tensor, bias: Tensor
 
 
 def _backward_kernel(
-    grad: Tensor, x: Tensor, left: Tensor, right: Tensor, weight: Tensor, bias: Tensor, need_x: bool
+    grad: Tensor, x: Tensor, left: Tensor, right: Tensor, weight: Tensor, bias: Tensor, need_x: bool, need_weights: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     with torch.autocast(x.device.type, enabled=False):
         rows, state, reset, update, new, scaled = _cells(x, left, right, weight, bias)
@@ -147,7 +147,13 @@ def _backward_kernel(
         by_state = _swapped(torch.cat([by_reset, by_update, by_new * reset], 1))
         by_products = torch.cat([by_reset, by_update, by_new, by_state], 1)
         sides = torch.addmm(_swapped(g * update), by_products, weight) if need_x else x.new_zeros(0, x.size(1))
+        if not need_weights:
+            return sides, *_no_weights(weight, bias)
         return sides, by_products.t() @ rows, by_products.sum(0)
+
+
+def _no_weights(weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    return weight.new_empty(0, weight.size(1)), bias.new_empty(0)
 
 
 # -- shapes ------------------------------------------------------------------------------------------------------------
@@ -164,10 +170,12 @@ def _fake(x: Tensor, left: Tensor, right: Tensor, weight: Tensor, bias: Tensor) 
 
 
 def _backward_fake(
-    grad: Tensor, x: Tensor, left: Tensor, right: Tensor, weight: Tensor, bias: Tensor, need_x: bool
+    grad: Tensor, x: Tensor, left: Tensor, right: Tensor, weight: Tensor, bias: Tensor, need_x: bool, need_weights: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     _check_shapes(x, left, right, weight, bias)
     sides = x.new_empty(2 * left.size(0) if need_x else 0, x.size(1))
+    if not need_weights:
+        return sides, *_no_weights(weight, bias)
     return sides, weight.new_empty(weight.shape), bias.new_empty(bias.shape)
 
 
@@ -179,16 +187,15 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     saved = ctx.saved_tensors  # read once: a checkpoint around this op gives them out once
     x, left, right, _, _ = saved
-    need = ctx.needs_input_grad[0]
-    sides, by_weight, by_bias = torch.ops.geo.gru_merge_backward(grad, *saved, need)
-    by_x = torch.ops.geo.scatter_sum(sides, torch.cat([left, right]), x.size(0), False) if need else None
-    return by_x, None, None, by_weight, by_bias
+    need_x, _, _, need_weight, need_bias = ctx.needs_input_grad[:5]
+    sides, by_weight, by_bias = torch.ops.geo.gru_merge_backward(grad, *saved, need_x, need_weight or need_bias)
+    by_x = torch.ops.geo.scatter_sum(sides, torch.cat([left, right]), x.size(0), False) if need_x else None
+    return by_x, None, None, by_weight if need_weight else None, by_bias if need_bias else None
 
 
 def _backward_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*inputs[:6])
-    ctx.need_x = inputs[6]
 
 
 def _backward_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -210,11 +217,11 @@ def _backward_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, 
             [f for f, _ in pairs], leaves, [t for _, t in pairs], create_graph=again, allow_unused=True
         )
     by_grad, by_x, by_weight, by_bias = second
-    return by_grad, by_x, None, None, by_weight, by_bias, None
+    return by_grad, by_x, None, None, by_weight, by_bias, None, None
 
 
 # All floating tensors are float32, or all float64. `sides` are the gradients of the left rows, then of the right ones;
-# rows without need get an empty one.
+# what is not needed is empty.
 define(
     "gru_merge(Tensor x, Tensor left, Tensor right, Tensor weight, Tensor bias) -> Tensor",
     _kernel,
@@ -223,8 +230,8 @@ define(
     _setup,
 )
 define(
-    "gru_merge_backward(Tensor grad, Tensor x, Tensor left, Tensor right, Tensor weight, Tensor bias, bool need_x) "
-    "-> (Tensor sides, Tensor dweight, Tensor dbias)",
+    "gru_merge_backward(Tensor grad, Tensor x, Tensor left, Tensor right, Tensor weight, Tensor bias, bool need_x, "
+    "bool need_weights) -> (Tensor sides, Tensor dweight, Tensor dbias)",
     _backward_kernel,
     _backward_fake,
     _backward_backward,

@@ -24,12 +24,12 @@ struct GRUMergeJob {
   void* out;           // [P, F]
   // of the gradient
   const void* grad;  // [P, F]
-  const void* back;  // [6 F, wide], the matrices
+  const void* back;  // [6 F, wide], the matrices, or null without sides
   void* sides;       // [2 P, F], the gradients of the left rows and of the right ones, or null
   int64_t pairs;
 };
 
-// Which entry of left (fault 0) or right (1) is out of range, if any (-1).
+// Which entry of left (fault 0) or right (1) is out of range, if any (-1): the first one, of a pair the left one.
 struct MergeOutcome {
   int fault;
   int64_t position;
@@ -38,7 +38,7 @@ struct MergeOutcome {
 struct GRUMergeTable {
   int64_t lanes;
   // How many numbers: of `scratch`, and of `sums`, [6 F, wide] and [4, wide], the gradients of the matrices and of the
-  // biases. Both are aligned to 64 bytes; sums are added to.
+  // biases. Both are aligned to 64 bytes; sums, which may be null, are added to.
   int64_t (*scratch)(const GRUMergeJob&, bool backward);
   MergeOutcome (*forward)(const GRUMergeJob&, int64_t begin, int64_t end, void* scratch);
   MergeOutcome (*backward)(const GRUMergeJob&, int64_t begin, int64_t end, void* scratch, void* sums);

@@ -19,6 +19,7 @@ namespace geo {
 namespace {
 
 constexpr int64_t kMostLists = 64;       // of graphs, and blocks of a large graph
+constexpr int64_t kMostSumBytes = 32 << 20;  // of all lists
 constexpr int64_t kListPairs = 1 << 12;  // of a list, at least
 constexpr int64_t kBlock = 32;           // nodes of a block, at least
 constexpr int64_t kShare = 16;           // a graph is large with one pair in so many
@@ -61,6 +62,7 @@ struct Job {
   std::vector<Buffer<T>> buffers;
   const int64_t* ptr;
   int64_t total = 0;              // pairs
+  int64_t most_lists = kMostLists;
   int64_t lists = 0;              // of graphs, or places of a round: how many sums there are
   std::vector<int64_t> first{0};  // graphs of each list
 
@@ -102,12 +104,14 @@ struct Job {
     job.num_layers = in.num_layers();
     job.eigvecs = rows(read<T>(in.eigvecs), in.nodes, in.widths[0]);
     job.zeros = make(widest);
+    if (backward)
+      most_lists = std::clamp<int64_t>(kMostSumBytes / int64_t(sizeof(T)) / std::max<int64_t>(1, sum_size), 1, kMostLists);
     cut();
   }
 
   void cut() {
     for (int64_t g = 0; g < in.graphs; ++g) total += pairs_of(ptr[g + 1] - ptr[g]);
-    const int64_t enough = std::max(kListPairs, total / kMostLists + 1);
+    const int64_t enough = std::max(kListPairs, total / most_lists + 1);
     int64_t pairs = 0;
     for (int64_t g = 0; g < in.graphs; ++g) {
       const int64_t n = ptr[g + 1] - ptr[g];
@@ -143,7 +147,10 @@ struct Job {
     const int64_t n = ptr[graph + 1] - ptr[graph];
     return n >= 2 * kBlock && pairs_of(n) * kShare > total;
   }
-  int64_t block_size(int64_t n) const { return std::max(kBlock, (n + kMostLists - 1) / kMostLists); }
+  int64_t block_size(int64_t n) const {
+    const int64_t most = std::min(kMostLists, 2 * most_lists - 1);  // of places, most_lists
+    return std::max(kBlock, (n + most - 1) / most);
+  }
   static int64_t places(int64_t blocks) { return blocks / 2 + 1; }
 
   // run(thread, list, block) for all blocks of pairs, with start(first, last) before those of a graph and

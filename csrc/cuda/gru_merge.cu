@@ -23,7 +23,7 @@ template <typename T>
 struct Job {
   const T *x, *weight, *transposed, *bias, *grad;  // transposed: [F, 6 F]
   const int64_t *left, *right;
-  T *out, *sides, *parts;  // parts: [blocks, 6 F F + 4 F]
+  T *out, *sides, *parts;  // sides and parts, [blocks, 6 F F + 4 F], may be null
   T* scratch;              // [blocks, state_size], or null
   int64_t rows, pairs, features, state_size;
   long long* flag;
@@ -159,7 +159,7 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(Job<T> job) {
   const int64_t F = job.features, part_size = (6 * F + 4) * F;
   T *rows = states_of(job), *gates = rows + F * kPitch;  // gates: r, z, n and what r is multiplied with
   T *by_weight = job.parts + blockIdx.x * part_size, *by_bias = by_weight + 6 * F * F;
-  for (int64_t i = threadIdx.x; i < part_size; i += kThreads) by_weight[i] = T(0);
+  for (int64_t i = threadIdx.x; job.parts && i < part_size; i += kThreads) by_weight[i] = T(0);
   for (int64_t first = blockIdx.x * int64_t(kPairs); first < job.pairs; first += gridDim.x * int64_t(kPairs)) {
     gather(job, first, rows);
     for_gates(job, rows, [&](int pair, int64_t f, const GRUGates<T>& there, const GRUGates<T>& back) {
@@ -178,13 +178,15 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(Job<T> job) {
       }
     });
     __syncthreads();
-    outer(gates, 3 * F, rows, 0, F, by_weight);
-    outer(gates, 2 * F, rows, kPairs, F, by_weight + 3 * F * F);
-    outer(gates + 3 * F * kPitch, F, rows, kPairs, F, by_weight + 5 * F * F);
-    for (int64_t f = threadIdx.x; f < 4 * F; f += kThreads) {
-      T sum = 0;
-      for (int c = 0; c < kCells; ++c) sum += gates[f * kPitch + c];
-      by_bias[f] += sum;
+    if (job.parts) {
+      outer(gates, 3 * F, rows, 0, F, by_weight);
+      outer(gates, 2 * F, rows, kPairs, F, by_weight + 3 * F * F);
+      outer(gates + 3 * F * kPitch, F, rows, kPairs, F, by_weight + 5 * F * F);
+      for (int64_t f = threadIdx.x; f < 4 * F; f += kThreads) {
+        T sum = 0;
+        for (int c = 0; c < kCells; ++c) sum += gates[f * kPitch + c];
+        by_bias[f] += sum;
+      }
     }
     for (int64_t item = threadIdx.x; job.sides && item < (F + kTile - 1) / kTile * kStride; item += kThreads) {
       const int cell = int(item % kStride);
@@ -228,9 +230,20 @@ __global__ void sum_kernel(Job<T> job, int64_t blocks, T* weight, T* bias) {
 
 unsigned blocks_for(int64_t work) { return static_cast<unsigned>(std::clamp<int64_t>((work + 255) / 256, 1, 1 << 16)); }
 
+// How much shared memory a block may have.
+int64_t shared_bytes(int device) {
+  int most = 0;
+  STD_CUDA_CHECK(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  return std::min<int64_t>(most, kSharedBytes);
+}
+
 // kernel(job) with `states` numbers of each cell, where there are pairs and features.
 template <typename T>
 void launch(void (*kernel)(Job<T>), Job<T> job, const GRUMergeArgs& in, int64_t states, int64_t blocks) {
+  job.state_size = states * kPitch;
+  const int64_t bytes = job.state_size * int64_t(sizeof(T));
+  const bool shared = bytes <= shared_bytes(in.x.get_device_index());
+  if (!shared) blocks = std::min(blocks, kMostBlocks);
   const int64_t F = in.features;
   const Tensor transposed = in.buffer({F, 6 * F});
   transpose_kernel<T><<<blocks_for(6 * F * F), 256, 0, current_stream(in.x)>>>(read<T>(in.weight), F, write<T>(transposed));
@@ -245,14 +258,11 @@ void launch(void (*kernel)(Job<T>), Job<T> job, const GRUMergeArgs& in, int64_t 
   job.pairs = in.pairs;
   job.features = F;
   job.flag = fault_flag(in.x.get_device_index());
-  job.state_size = states * kPitch;
-  const int64_t bytes = job.state_size * int64_t(sizeof(T));
-  const bool shared = bytes <= kSharedBytes;
   const Tensor scratch = in.buffer({shared ? 0 : blocks * job.state_size});
-  if (shared)
-    STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(kSharedBytes)));
-  else
+  if (!shared)
     job.scratch = write<T>(scratch);
+  else if (bytes > 48 << 10)
+    STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)));
   kernel<<<unsigned(blocks), kThreads, shared ? size_t(bytes) : 0, current_stream(in.x)>>>(job);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
@@ -276,24 +286,25 @@ Tensor gru_merge_cuda(const Tensor& x, const Tensor& left, const Tensor& right, 
 
 std::tuple<Tensor, Tensor, Tensor> gru_merge_backward_cuda(const Tensor& grad_, const Tensor& x, const Tensor& left,
                                                            const Tensor& right, const Tensor& weight, const Tensor& bias,
-                                                           bool need_x) {
+                                                           bool need_x, bool need_weights) {
   constexpr const char* op = "gru_merge_backward";
   const DeviceGuard guard(x.get_device_index());
   const GRUMergeArgs in(op, x, left, right, weight, bias);
   const Tensor grad = in.grad(op, grad_);
-  const int64_t F = in.features, part_size = (6 * F + 4) * F;
-  Tensor sides = in.buffer({need_x ? 2 * in.pairs : 0, F}), dweight = in.buffer({6 * F, F}), dbias = in.buffer({6 * F});
+  const int64_t F = in.features, part_size = (6 * F + 4) * F, gates = need_weights ? 6 * F : 0;
+  Tensor sides = in.buffer({need_x ? 2 * in.pairs : 0, F}), dweight = in.buffer({gates, F}), dbias = in.buffer({gates});
   if (F == 0) return {sides, dweight, dbias};
   const int64_t blocks = std::min({panels(in), kMostBlocks, std::max<int64_t>(1, kMostPartNumbers / part_size)});
-  const Tensor parts = in.buffer({blocks, part_size});
+  const Tensor parts = in.buffer({need_weights ? blocks : 0, part_size});
   in.dispatch(op, [&](auto zero) {
     using T = decltype(zero);
     Job<T> job{};
     job.features = F;
     job.grad = read<T>(grad);
     job.sides = need_x ? write<T>(sides) : nullptr;
-    job.parts = write<T>(parts);
+    job.parts = need_weights ? write<T>(parts) : nullptr;
     if (blocks > 0) launch<T>(backward_kernel<T>, job, in, 5 * F, blocks);
+    if (!need_weights) return;
     sum_kernel<T><<<blocks_for(dweight.numel()), 256, 0, current_stream(x)>>>(job, blocks, write<T>(dweight), write<T>(dbias));
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   });

@@ -17,7 +17,7 @@ namespace {
 constexpr int kPairs = 64, kPitch = kPairs + 1;       // of a panel, and numbers from feature to feature
 constexpr int kTile = 4, kStride = kPairs / kTile;    // a thread's pairs are so far apart
 constexpr int kThreads = 128;
-constexpr int64_t kMostBlocks = 1024;
+constexpr int64_t kMostBlocks = 1024, kMostSumNumbers = 1 << 24;  // of all blocks
 constexpr int kMostLayers = 64;
 constexpr int64_t kSharedBytes = 96 << 10;
 
@@ -268,7 +268,17 @@ PairMLPArgs checked(const char* op, const Tensor& eigvecs, const Tensor& filters
   return in;
 }
 
-int64_t blocks_of(const PairMLPArgs& in) { return std::min(in.nodes, kMostBlocks); }
+// As many as have room for `numbers` each.
+int64_t blocks_of(const PairMLPArgs& in, int64_t numbers) {
+  return std::min({in.nodes, kMostBlocks, std::max<int64_t>(1, kMostSumNumbers / std::max<int64_t>(1, numbers))});
+}
+
+// How much shared memory a block may have.
+int64_t shared_bytes(int device) {
+  int most = 0;
+  STD_CUDA_CHECK(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  return std::min<int64_t>(most, kSharedBytes);
+}
 
 template <typename T>
 Job<T> make_job(const PairMLPArgs& in) {
@@ -290,15 +300,15 @@ Job<T> make_job(const PairMLPArgs& in) {
 }
 
 template <typename T>
-void launch(void (*kernel)(Job<T>), Job<T> job, const PairMLPArgs& in) {
+void launch(void (*kernel)(Job<T>), Job<T> job, const PairMLPArgs& in, int64_t blocks) {
   const int64_t bytes = job.state_size * int64_t(sizeof(T));
-  const bool shared = bytes <= kSharedBytes;
-  const Tensor scratch = in.buffer({shared ? 0 : blocks_of(in) * job.state_size});
-  if (shared)
-    STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(kSharedBytes)));
-  else
+  const bool shared = bytes <= shared_bytes(in.eigvecs.get_device_index());
+  const Tensor scratch = in.buffer({shared ? 0 : blocks * job.state_size});
+  if (!shared)
     job.scratch = write<T>(scratch);
-  kernel<<<unsigned(blocks_of(in)), kThreads, shared ? size_t(bytes) : 0, current_stream(in.eigvecs)>>>(job);
+  else if (bytes > 48 << 10)
+    STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)));
+  kernel<<<unsigned(blocks), kThreads, shared ? size_t(bytes) : 0, current_stream(in.eigvecs)>>>(job);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
@@ -315,7 +325,7 @@ Tensor pair_mlp_cuda(const Tensor& eigvecs, const Tensor& filters, const Tensor&
     using T = decltype(zero);
     Job<T> job = make_job<T>(in);
     job.out = write<T>(out);
-    launch<T>(forward_kernel<T>, job, in);
+    launch<T>(forward_kernel<T>, job, in, blocks_of(in, job.state_size));
   });
   return out;
 }
@@ -327,20 +337,21 @@ std::tuple<Tensor, Tensor, Tensor> pair_mlp_backward_cuda(const Tensor& grad_, c
   const DeviceGuard guard(eigvecs.get_device_index());
   const PairMLPArgs in = checked(op, eigvecs, filters, ptr, params, widths, leading);
   const Tensor grad = in.grad(op, grad_);
-  const int64_t blocks = blocks_of(in);
+  const int64_t head_size = in.widths[0] * in.widths[1];
   Tensor deigvecs = need_eigvecs ? in.buffer({in.nodes, in.widths[0]}) : in.buffer({0});
   Tensor dfilters = in.buffer({in.graphs, in.widths[0], in.widths[1]}), dparams = in.buffer({in.params.numel()});
   in.dispatch(op, [&](auto zero) {
     using T = decltype(zero);
     Job<T> job = make_job<T>(in);
+    const int64_t blocks = blocks_of(in, std::max(job.state_size, job.num_params + head_size));
     const Tensor by_params = in.buffer({blocks * job.num_params});
-    const Tensor by_filters = in.buffer({(blocks + job.graphs) * job.width[0] * job.width[1]});
+    const Tensor by_filters = in.buffer({(blocks + job.graphs) * head_size});
     job.grad = read<T>(grad);
     job.deigvecs = need_eigvecs ? write<T>(deigvecs) : nullptr;
     job.by_params = write<T>(by_params);
     job.by_filters = write<T>(by_filters);
     const cudaStream_t stream = current_stream(in.eigvecs);
-    if (blocks > 0) launch<T>(backward_kernel<T>, job, in);
+    if (blocks > 0) launch<T>(backward_kernel<T>, job, in, blocks);
     sum_params_kernel<T><<<blocks_for(job.num_params), 256, 0, stream>>>(job, blocks, write<T>(dparams));
     STD_CUDA_KERNEL_LAUNCH_CHECK();
     sum_filters_kernel<T><<<blocks_for(dfilters.numel()), 256, 0, stream>>>(job, blocks, write<T>(dfilters));

@@ -76,6 +76,19 @@ def test_saturated_gates(dtype, device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
+def test_error_where_scales_differ(device):
+    """It is relative to the larger row and the larger weight, as documented; not to each of them."""
+    x, left, right, weight, bias = problem(100, 200, 64, device, torch.float32)
+    weight[3 * 64 :] *= 1e-3
+    x[::2] *= 100
+    exact = gru_merge_reference(x.double(), left, right, weight.double(), bias.double())
+    states = x.abs().amax(1)
+    largest = torch.maximum(states[left], states[right])[:, None]
+    bound = 64 * torch.finfo(torch.float32).eps * weight.abs().max() * largest * (1 + largest)
+    assert bool(((gru_merge(x, left, right, weight, bias) - exact).abs() <= bound).all())
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("features", [1, 3, 64])
 def test_commutative_bit_for_bit(features, device):
     x, left, right, weight, bias = problem(50, 70, features, device, torch.float32)
@@ -117,6 +130,13 @@ def test_only_what_is_asked_for_gets_a_gradient(device):
     expected = weight.detach().clone().requires_grad_()
     gru_merge_reference(x, left, right, expected, bias).sum().backward()
     assert_close(weight.grad, expected.grad, 10)
+    assert x.grad is None
+    assert bias.grad is None
+    given = (torch.ones(20, 8, dtype=x.dtype, device=device), x, left, right, weight.detach(), bias)
+    sides, *both = torch.ops.geo.gru_merge_backward(*given, True, False)  # frozen weights cost nothing
+    assert [t.numel() for t in both] == [0, 0]
+    all_sides, *_ = torch.ops.geo.gru_merge_backward(*given, True, True)
+    assert torch.equal(sides, all_sides)
     leaf = weight.detach().requires_grad_()  # and so for second derivatives
     first = [
         torch.autograd.grad(op(x, left, right, leaf, bias).sum(), leaf, create_graph=True)[0]
@@ -178,8 +198,8 @@ def test_opcheck(device):
     leaves = (x.requires_grad_(), left, right, weight.requires_grad_(), bias.requires_grad_())
     torch.library.opcheck(torch.ops.geo.gru_merge, leaves)
     given = [t.detach() for t in leaves]
-    for need in (True, False):
-        torch.library.opcheck(torch.ops.geo.gru_merge_backward, (torch.randn_like(x)[:5], *given, need))
+    for need in ((True, True), (True, False), (False, True)):
+        torch.library.opcheck(torch.ops.geo.gru_merge_backward, (torch.randn_like(x)[:5], *given, *need))
 
 
 @pytest.mark.skipif(not _native.have("cpu"), reason="the products of plain PyTorch are torch's")
@@ -208,6 +228,17 @@ def test_memory_is_that_of_the_results():
     if peak is None:
         pytest.skip("the peak of resident memory cannot be reset here")
     assert peak < 35e6, peak
+
+
+@pytest.mark.skipif(not _native.have("cpu"), reason="plain PyTorch keeps all gates")
+def test_sums_of_weights_are_not_kept_for_every_part():
+    """12288 pairs of 256 features: 32 parts of the weights' sums would be 51 MB each of 1.6 MB, results are 50 MB."""
+    x, left, right, weight, bias = problem(20, 12_288, 256, dtype=torch.float32)
+    leaves = [t.requires_grad_() for t in (x, weight, bias)]
+    peak = peak_extra_memory(lambda: with_index(gru_merge, left, right)(*leaves).sum().backward())
+    if peak is None:
+        pytest.skip("the peak of resident memory cannot be reset here")
+    assert peak < 90e6, peak
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -260,3 +291,21 @@ def test_bad_index(which, bad, device):
     for op in (gru_merge, gru_merge_reference):
         with pytest.raises(IndexError, match=rf"{which}\[60\] = {bad} is out of range \[0, 4\]"):
             op(x, left, right, weight, bias)
+
+
+@pytest.mark.skipif(not _native.have("cpu"), reason="plain PyTorch looks at all left ones first")
+def test_the_first_bad_index_is_named():
+    """On any number of threads: by position, of a pair the left one."""
+    x, left, right, weight, bias = problem(5, 400, 3)
+    before = torch.get_num_threads()
+    try:
+        for where, name in ((((right, 3), (left, 200)), "right"), (((left, 3), (right, 3)), "left")):
+            for index, position in where:
+                index[position] = 9
+            for threads in (1, 2):
+                torch.set_num_threads(threads)
+                with pytest.raises(IndexError, match=rf"{name}\[3\] = 9 is out of range"):
+                    gru_merge(x, left, right, weight, bias)
+            left[200] = right[3] = 0
+    finally:
+        torch.set_num_threads(before)

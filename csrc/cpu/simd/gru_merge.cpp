@@ -7,12 +7,110 @@
 #include "products.h"
 
 namespace geo {
+
 namespace GEO_SIMD_NAMESPACE {
 namespace {
 
 constexpr int kTile = 6;                         // rows of a tile of products
 constexpr int kRows = kRegisters == 32 ? 6 : 3;  // pairs of a tile of gates
-static_assert(kMergePairs % kTile == 0 && kTile % kRows == 0);
+constexpr int kGroup = kRegisters == 32 ? 3 : 1;  // pairs whose gates are computed side by side: registers are few
+static_assert(kMergePairs % kTile == 0 && kTile % kRows == 0 && kRows % kGroup == 0);
+
+// Both ways of some pairs, side by side: a gate is a chain of operations that wait for each other. The compiler would put
+// one chain behind the other again, but sums stay where an asm stands.
+template <class T>
+struct Ways {
+  using V = typename vec<T>::type;
+  static constexpr int count = 2 * kGroup;
+  V way[count];
+};
+template <class V>
+GEO_INLINE V settled(V v) {
+#if GEO_SIMD_LEVEL == 2
+  asm("" : "+v"(v));
+#endif
+  return v;
+}
+// Ways whose i-th one is the value
+#define GEO_WAYS(value)                                                      \
+  Ways<T> out;                                                               \
+  GEO_UNROLL(6) for (int i = 0; i < Ways<T>::count; ++i) out.way[i] = value; \
+  return out
+
+template <class T>
+GEO_INLINE Ways<T> operator+(const Ways<T>& a, const Ways<T>& b) {
+  GEO_WAYS(settled(a.way[i] + b.way[i]));
+}
+template <class T>
+GEO_INLINE Ways<T> operator-(const Ways<T>& a, const Ways<T>& b) {
+  GEO_WAYS(settled(a.way[i] - b.way[i]));
+}
+template <class T>
+GEO_INLINE Ways<T> operator*(const Ways<T>& a, const Ways<T>& b) {
+  GEO_WAYS(a.way[i] * b.way[i]);
+}
+template <class T>
+GEO_INLINE Ways<T> operator+(const Ways<T>& a, T b) {
+  GEO_WAYS(settled(a.way[i] + b));
+}
+template <class T>
+GEO_INLINE Ways<T> operator-(const Ways<T>& a, T b) {
+  GEO_WAYS(settled(a.way[i] - b));
+}
+template <class T>
+GEO_INLINE Ways<T> operator*(const Ways<T>& a, T b) {
+  GEO_WAYS(a.way[i] * b);
+}
+
+// GRUMath of them
+template <class V, class T>
+GEO_INLINE V cut(V x, T least, T most) {
+  const V low = V{} + least, high = V{} + most, above = low > x ? low : x;
+  return high < above ? high : above;
+}
+template <class T>
+GEO_INLINE Ways<T> reciprocal(const Ways<T>& d) {
+  GEO_WAYS(settled(T(1) / d.way[i]));
+}
+#if GEO_SIMD_LEVEL == 2
+GEO_INLINE vfloat cut(vfloat x, float least, float most) {  // both give the second operand where one is NaN
+  const __m512 above = _mm512_maskz_max_ps((__mmask16)-1, (__m512)(vfloat{} + least), (__m512)x);
+  return (vfloat)_mm512_maskz_min_ps((__mmask16)-1, (__m512)(vfloat{} + most), above);
+}
+GEO_INLINE vdouble cut(vdouble x, double least, double most) {
+  const __m512d above = _mm512_maskz_max_pd((__mmask8)-1, (__m512d)(vdouble{} + least), (__m512d)x);
+  return (vdouble)_mm512_maskz_min_pd((__mmask8)-1, (__m512d)(vdouble{} + most), above);
+}
+GEO_INLINE Ways<float> near_reciprocal(const Ways<float>& d) {
+  using T = float;
+  GEO_WAYS(settled((vfloat)_mm512_maskz_rcp14_ps((__mmask16)-1, (__m512)d.way[i])));
+}
+GEO_INLINE Ways<float> reciprocal(const Ways<float>& d) {  // 14 bits, and twice as many by a step of Newton's
+  const Ways<float> near = near_reciprocal(d);
+  return near + near * (Ways<float>{} + 1.0f - d * near);
+}
+#endif
+
+}  // namespace
+}  // namespace GEO_SIMD_NAMESPACE
+
+template <class T>
+struct GRUMath<T, GEO_SIMD_NAMESPACE::Ways<T>> {
+  template <class U>
+  using Ways = GEO_SIMD_NAMESPACE::Ways<U>;
+  using V = typename Ways<T>::V;
+  GEO_INLINE Ways<T> times_power(const Ways<T>& v, const Ways<T>& n, const Ways<T>& shifted) {
+    GEO_WAYS(GEO_SIMD_NAMESPACE::settled(TimesPowerOfTwo<T, V>::of(v.way[i], n.way[i], shifted.way[i])));
+  }
+  GEO_INLINE Ways<T> power(const Ways<T>& shifted) { GEO_WAYS(power_of_two<T>(shifted.way[i])); }
+  GEO_INLINE Ways<T> cut(const Ways<T>& x, T least, T most) {
+    GEO_WAYS(GEO_SIMD_NAMESPACE::settled(GEO_SIMD_NAMESPACE::cut(x.way[i], least, most)));
+  }
+  GEO_INLINE Ways<T> reciprocal(const Ways<T>& d) { return GEO_SIMD_NAMESPACE::reciprocal(d); }
+};
+
+namespace GEO_SIMD_NAMESPACE {
+namespace {
 
 // sum[i] += x[i] @ (w0, w1) and y[i] @ (w2, w3), where kSame holds (w0, w1) again
 template <bool kSame, class T>
@@ -89,15 +187,13 @@ struct Panels {
     first = begin;
     count = end - begin < kMergePairs ? end - begin : kMergePairs;
     full = (count + kTile - 1) / kTile * kTile;
-    for (int side = 0; side < 2; ++side) {
-      const int64_t* index = (side ? job.right : job.left) + first;
-      T* to = block(rows, 2 + side);
-      for (int64_t p = 0; p < count; ++p) {
-        if (uint64_t(index[p]) >= uint64_t(job.rows)) return {side, first + p};
-        fill(to + p * wide, static_cast<const T*>(job.x) + index[p] * features);
+    for (int64_t p = 0; p < count; ++p)
+      for (int side = 0; side < 2; ++side) {
+        const int64_t row = (side ? job.right : job.left)[first + p];
+        if (uint64_t(row) >= uint64_t(job.rows)) return {side, first + p};
+        fill(block(rows, 2 + side) + p * wide, static_cast<const T*>(job.x) + row * features);
       }
-      memset(to + count * wide, 0, sizeof(T) * wide * (full - count));
-    }
+    for (int side = 0; side < 2; ++side) memset(block(rows, 2 + side) + count * wide, 0, sizeof(T) * wide * (full - count));
     for (int64_t i = 0; i < full * wide; i += L) {
       const V a = load(block(rows, 2) + i), b = load(block(rows, 3) + i);
       store(rows + i, a + b);
@@ -123,11 +219,33 @@ struct Panels {
       news[i][1] = news[i][3] = load(bias + 3 * L);
     }
     add_columns<true>(news, ahead(x, 2), ahead(x, 3), wide, features, weight + 4 * features * L);
-    GEO_UNROLL(6) for (int i = 0; i < kRows; ++i) {
-      const V(&s)[4] = both[i], (&n)[4] = news[i];
-      finish(pair + i, gru_gates<T>(s[0] + s[2], s[1] + s[3], n[0], n[3]),
-             gru_gates<T>(s[0] - s[2], s[1] - s[3], n[2], n[1]));
+    if constexpr (kGroup == 1) {
+      GEO_UNROLL(6) for (int i = 0; i < kRows; ++i) {
+        const V(&s)[4] = both[i], (&n)[4] = news[i];
+        finish(pair + i, gru_gates<T>(s[0] + s[2], s[1] + s[3], n[0], n[3]),
+               gru_gates<T>(s[0] - s[2], s[1] - s[3], n[2], n[1]));
+      }
+      return;
     }
+    GEO_UNROLL(6) for (int first = 0; first < kRows; first += kGroup) {
+      Ways<T> reset, update, input, scaled;
+      GEO_UNROLL(3) for (int i = 0; i < kGroup; ++i) {
+        const V(&s)[4] = both[first + i], (&n)[4] = news[first + i];
+        reset.way[2 * i] = s[0] + s[2];
+        reset.way[2 * i + 1] = s[0] - s[2];
+        update.way[2 * i] = s[1] + s[3];
+        update.way[2 * i + 1] = s[1] - s[3];
+        input.way[2 * i] = n[0];
+        input.way[2 * i + 1] = n[2];
+        scaled.way[2 * i] = n[3];
+        scaled.way[2 * i + 1] = n[1];
+      }
+      const GRUGates<Ways<T>> gates = gru_gates<T>(reset, update, input, scaled);
+      GEO_UNROLL(3) for (int i = 0; i < kGroup; ++i) finish(pair + first + i, of_way(gates, 2 * i), of_way(gates, 2 * i + 1));
+    }
+  }
+  GEO_INLINE GRUGates<V> of_way(const GRUGates<Ways<T>>& g, int i) {
+    return {g.reset.way[i], g.update.way[i], g.next.way[i], g.scaled.way[i]};
   }
   const T* ahead(const T* x, int64_t k) const { return x + k * full * wide; }
 
@@ -249,7 +367,7 @@ MergeOutcome backward(const GRUMergeJob& job, int64_t begin, int64_t end, void* 
     const MergeOutcome outcome = panel.gather(begin, end);
     if (outcome.fault >= 0) return outcome;
     panel.gate_grads();
-    panel.weight_grads(static_cast<T*>(sums));
+    if (sums) panel.weight_grads(static_cast<T*>(sums));
     if (job.sides) panel.add_row_grads();
   }
   return {-1, 0};
