@@ -17,12 +17,14 @@ for package in ("lightning", "matplotlib", "ase", "tblite", "sklearn", "trimesh"
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SCRIPTS = sorted(path.stem for path in EXAMPLES.glob("*.py"))
 PLOTS = {
+    "citation_nodes": ["accuracy.png", "learning.png"],
     "counting_cycles": ["errors.png", "learning.png"],
     "heterophilic_nodes": ["scores.png", "learning.png"],
     "long_range": ["learning.png"],
     "molecule_regression": ["learning.png", "parity.png", "stability.png"],
     "molecules": ["parity.png", "learning.png", "md_energy.png"],
     "molecules_gaunt": ["parity.png", "learning.png", "cost.png"],
+    "multiset_tasks": ["learning.png", "extrapolation.png"],
     "nbody": ["learning.png"],
     "point_clouds": ["digits.png", "learning.png"],
     "shapes": ["accuracy.png", "learning.png"],
