@@ -33,7 +33,8 @@ def gru_merge(x: Tensor, left: Tensor, right: Tensor, weight: Tensor, bias: Tens
     Commutative bit for bit. On the CPU r and z come from sums and differences of rows and of weights: their error is
     relative to the larger row and the larger weight, so scale rows alike; entries beyond half the largest number of
     the dtype give NaN. Memory is that of the results and of some tens of weights, also for the gradient, which is exact
-    where rows occur many times as well. Results are bitwise the same on any number of threads. Second derivatives, of any order, run in plain PyTorch.
+    where rows occur many times as well. Results are bitwise the same on any number of threads. Second derivatives, of
+    any order, run in plain PyTorch.
 
     Args:
         x: floating [R, F].
