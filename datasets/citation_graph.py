@@ -129,7 +129,12 @@ def _read(part: str, data: bytes) -> np.ndarray:
     name = "collections defaultdict" if part == "graph" else "scipy.sparse.csr csr_matrix"
     if made.name != name:
         raise ValueError(f"it must hold a {name}, not {made.name}")
-    return _pairs(made.entries) if part == "graph" else _words(made.state)
+    if part == "graph":
+        # a list may be there many times for a few bytes each
+        if (num := sum(map(len, made.entries.values()))) > len(data):
+            raise ValueError(f"it lists {num} neighbours in {len(data)} bytes")
+        return _pairs(made.entries)
+    return _words(made.state)
 
 
 def _pairs(neighbours: dict[int, list[int]]) -> np.ndarray:
@@ -146,6 +151,8 @@ def _words(state: dict[str, Any]) -> np.ndarray:
     ptr, column, weight = (_array(state[name]) for name in ("indptr", "indices", "data"))
     if len(ptr) != num_rows + 1 or ptr[0] != 0 or (np.diff(ptr) < 0).any() or ptr[-1] != len(column):
         raise ValueError(f"indptr must rise from 0 to {len(column)} in {num_rows} steps")
+    with np.errstate(over="ignore"):
+        weight = weight.astype(np.float32)
     if column.min(initial=0) < 0 or column.max(initial=-1) >= num_columns or not np.isfinite(weight).all():
         raise ValueError(f"weights must be finite, and columns between 0 and {num_columns - 1}")
     dense = np.zeros((num_rows, num_columns), dtype=np.float32)
@@ -217,6 +224,8 @@ def _read_objects(data: bytes) -> Any:
             stack.append(tuple(items))
         elif name == "SETITEMS":
             items = since_mark()
+            if not all(type(key) in (int, str) for key in items[::2]):
+                raise ValueError("keys must be numbers or names")
             entries = stack[-1] if isinstance(stack[-1], dict) else stack[-1].entries
             entries.update(zip(items[::2], items[1::2], strict=True))
         elif name in ("REDUCE", "NEWOBJ"):

@@ -247,7 +247,10 @@ class Timed(Supervised):
         if self.progress(step, 0) == 1:
             self.trainer.should_stop = True
         if self.trainer.should_stop or step == self.next_test:
-            self.record.write([*self.record.read(), [step, round(self.seconds, 3), *self.accuracies()]])
+            earlier = [
+                row for row in self.record.read() if row[0] < step
+            ]  # a run that was killed may have left later ones
+            self.record.write([*earlier, [step, round(self.seconds, 3), *self.accuracies()]])
             self.plan(step)
 
     def plan(self, step: int) -> None:
@@ -306,7 +309,8 @@ def finished(rows: list[list[float]], args: argparse.Namespace) -> bool:
 
 def settings(args: argparse.Namespace) -> dict[str, object]:
     """What runs must share to stand in one table."""
-    return {key: getattr(args, key) for key in ("task", "bits", "hidden", "batch_size", "lr", "train", "threads")}
+    keys = ("task", "bits", "hidden", "batch_size", "lr", "train", "threads", "accelerator", "smoke")
+    return {key: getattr(args, key) for key in keys}
 
 
 def train(name: str, seed: int, args: argparse.Namespace, test: dict[int, list[Data]]) -> list[list[float]]:
@@ -318,7 +322,7 @@ def train(name: str, seed: int, args: argparse.Namespace, test: dict[int, list[D
         log.write([])
         with write_atomic(folder / "settings.json") as path:
             path.write_text(json.dumps(settings(args), indent=2) + "\n")
-    if finished(log.read(), args):
+    if finished(log.read(), args) and (folder / "model.safetensors").exists():
         done = "had finished"
     else:
         torch.manual_seed(seed)

@@ -31,10 +31,10 @@ def gru_merge(x: Tensor, left: Tensor, right: Tensor, weight: Tensor, bias: Tens
         n &= \tanh(W_n a + w_n + r \odot (U_n b + u_n)), \quad g(a, b) = (1 - z) \odot n + z \odot b
 
     Commutative bit for bit. On the CPU r and z come from sums and differences of rows and of weights: their error is
-    relative to the larger row and the larger weight, so scale rows alike; entries beyond half the largest number of
-    the dtype give NaN. Memory is that of the results and of some tens of weights, also for the gradient, which is exact
-    where rows occur many times as well. Results are bitwise the same on any number of threads. Second derivatives, of
-    any order, run in plain PyTorch.
+    relative to the larger row and the larger weight, so scale rows alike; infinite rows or weights, and rows beyond
+    half the largest number of the dtype, give NaN. Memory is that of the results and of some tens of weights, also for
+    the gradient, which is exact where rows occur many times as well. Results are bitwise the same on any number of
+    threads. Second derivatives, of any order, run in plain PyTorch.
 
     Args:
         x: floating [R, F].

@@ -334,7 +334,8 @@ class KSmallest(Monoid):
         """Each element and k - 1 times ``top``."""
         top: float = self.top
         if not x.is_floating_point():
-            if not top <= torch.iinfo(x.dtype).max or top != int(top):
+            limits = (0, 1) if x.dtype == torch.bool else (torch.iinfo(x.dtype).min, torch.iinfo(x.dtype).max)
+            if not limits[0] <= top <= limits[1] or top != int(top):
                 raise ValueError(f"x: {x.dtype} holds no {top}, KSmallest's top: give it an integer that fits")
             top = int(top)
         if top < math.inf:

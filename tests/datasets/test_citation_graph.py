@@ -56,6 +56,13 @@ def graph_file(graph: dict[int, list[int]]) -> bytes:
     return b"\x80\x02ccollections\ndefaultdict\nc__builtin__\nlist\n\x85Rq\x01(" + items + b"u."
 
 
+def many_times(num: int) -> bytes:
+    """A graph of so many papers whose neighbours are one list, kept once."""
+    nodes = b"".join(number(node) for node in range(num))
+    items = number(0) + b"](" + nodes + b"eq\x02" + b"".join(number(node) + b"h\x02" for node in range(1, num))
+    return b"\x80\x02ccollections\ndefaultdict\nc__builtin__\nlist\n\x85Rq\x01(" + items + b"u."
+
+
 def words() -> np.ndarray:
     """Three words a paper, none in paper 65."""
     dense = np.zeros((NODES, WORDS), dtype=np.float32)
@@ -133,6 +140,8 @@ RING = {i: [(i + 1) % NODES] for i in range(NODES)}
         ("graph", graph_file(RING).replace(number(9), text(b"9")), "nodes must be numbers"),
         ("graph", graph_file(RING | {0: [99]}), "the graph has 71 papers from 0 to 99, but test.index ends with 69"),
         ("graph", graph_file({}), "the graph has no papers"),
+        ("graph", graph_file(RING).replace(number(9), b")" + b"\x85" * 200_000), "keys must be numbers or names"),
+        ("graph", many_times(5000), "it lists 25000000 neighbours in "),
         ("x", sparse_file(words()[:4])[:-40], "ind.cora.x: cannot be read"),
         ("x", array_file(EYE), "ind.cora.x: cannot be read"),
         ("x", sparse_file(words()[1:5]), "x is not the beginning of allx"),

@@ -349,7 +349,7 @@ def test_gru_merges_what_it_multiplies(dtype):
         assert torch.equal(op(x[left], x[right]), expected)
 
 
-@pytest.mark.parametrize("top", [math.inf, 4.5, 300.0])
+@pytest.mark.parametrize("top", [math.inf, 4.5, 300.0, -300.0])
 def test_k_smallest_of_integers_needs_a_top_that_they_hold(top):
     x = torch.tensor([[3], [7]], dtype=torch.int8)
     with pytest.raises(ValueError, match=f"torch.int8 holds no {top}, KSmallest's top"):
