@@ -232,13 +232,13 @@ def test_memory_is_that_of_the_results():
 
 @pytest.mark.skipif(not _native.have("cpu"), reason="plain PyTorch keeps all gates")
 def test_sums_of_weights_are_not_kept_for_every_part():
-    """12288 pairs of 256 features: 32 parts of the weights' sums would be 51 MB each of 1.6 MB, results are 50 MB."""
-    x, left, right, weight, bias = problem(20, 12_288, 256, dtype=torch.float32)
+    """12288 pairs of 512 features: 32 parts would be 201 MB, of which 32 are allowed; results and gradients are 101."""
+    x, left, right, weight, bias = problem(20, 12_288, 512, dtype=torch.float32)
     leaves = [t.requires_grad_() for t in (x, weight, bias)]
     peak = peak_extra_memory(lambda: with_index(gru_merge, left, right)(*leaves).sum().backward())
     if peak is None:
         pytest.skip("the peak of resident memory cannot be reset here")
-    assert peak < 90e6, peak
+    assert peak < 200e6, peak
 
 
 @pytest.mark.parametrize("device", DEVICES)
