@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import subprocess
 import sys
+from importlib import import_module as example
 from pathlib import Path
 
 import pytest
@@ -35,15 +35,6 @@ COMPUTED = {  # examples without epochs, hence without checkpoints
     "graph_kernels": ["errors.png", "gain.png"],
     "mesh_regression": ["normals.png", "walks.png"],
 }
-
-
-def example(name: str):
-    spec = importlib.util.spec_from_file_location(f"examples_{name}", EXAMPLES / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def smoke(name: str, out: Path, *extra: str) -> list[list[object]]:

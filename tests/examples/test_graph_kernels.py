@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import math
-from pathlib import Path
+from importlib import import_module
 
 import numpy as np
 import pytest
@@ -14,17 +13,10 @@ import torch
 for package in ("lightning", "matplotlib"):
     pytest.importorskip(package, reason=f"the examples need {package}")
 
-SCRIPT = Path(__file__).parents[2] / "examples" / "graph_kernels.py"
-
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("graph_kernels", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return import_module("graph_kernels")
 
 
 def settings(script, **given):

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import subprocess
 import sys
+from importlib import import_module as example
 from pathlib import Path
 
 import numpy as np
@@ -15,15 +15,6 @@ import torch
 
 for package in ("lightning", "matplotlib", "sklearn", "torchmetrics"):
     pytest.importorskip(package, reason=f"the examples need {package}")
-
-
-def example(name: str):
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[2] / "examples" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def smoke(name: str, out: Path, *extra: str) -> list[list[object]]:

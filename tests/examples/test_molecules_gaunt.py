@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import math
-from pathlib import Path
+from importlib import import_module
 
 import pytest
 import torch
@@ -17,18 +16,12 @@ from geo.transforms import AddRadiusGraph
 for package in ("lightning", "matplotlib", "ase", "tblite"):
     pytest.importorskip(package, reason=f"the example needs {package}")
 
-SCRIPT = Path(__file__).parents[2] / "examples" / "molecules_gaunt.py"
 KINDS = ("cg", "gaunt", "bracket")
 
 
 @pytest.fixture(scope="module")
 def example():
-    spec = importlib.util.spec_from_file_location("examples_molecules_gaunt", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return import_module("molecules_gaunt")
 
 
 @pytest.fixture(scope="module")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 import copy
-import importlib.util
 import json
+from importlib import import_module as example
 from pathlib import Path
 
 import pytest
@@ -18,15 +18,6 @@ from geo.testing import assert_close
 
 for package in ("lightning", "matplotlib"):
     pytest.importorskip(package, reason=f"the examples need {package}")
-
-
-def example(name: str):
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[2] / "examples" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 # --- multiset_tasks ---------------------------------------------------------------------------------------------------

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
-from pathlib import Path
+from importlib import import_module
 
 import pytest
 import torch
@@ -15,17 +14,10 @@ from geo.o3 import random_rotations
 for package in ("lightning", "matplotlib"):
     pytest.importorskip(package, reason=f"the examples need {package}")
 
-SCRIPT = Path(__file__).parents[2] / "examples" / "tetris.py"
-
 
 @pytest.fixture(scope="module")
 def tetris():
-    spec = importlib.util.spec_from_file_location("examples_tetris", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return import_module("tetris")
 
 
 @pytest.mark.parametrize(("kind", "layers"), [("gaunt", 3), ("gaunt", 4), ("bracket", 3), ("bracket", 4), ("cg", 3)])
