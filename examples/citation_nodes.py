@@ -50,6 +50,7 @@ from geo.training import (
     Supervised,
     curve_plot,
     fit,
+    positive_integer,
     read_log,
     report,
     save_weights,
@@ -212,21 +213,19 @@ def picture(path: Path, rows: list[list[Any]], scores: list[list[float]], title:
     plt.close(figure)
 
 
-def positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
-    return int(text)
-
-
 def main(argv: list[str] | None = None) -> list[list[object]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--data", choices=["made", *CITATIONS], default=None, help="(default: cora with --root, made without)"
     )
     parser.add_argument("--models", default="all", help=f"all, or of {', '.join(MODELS)} (default: %(default)s)")
-    parser.add_argument("--splits", type=positive, default=1, help="draws of known papers (default: %(default)s)")
-    parser.add_argument("--runs", type=positive, default=3, help="draws of weights a split (default: %(default)s)")
-    parser.add_argument("--hidden", type=positive, default=32, help="channels (default: %(default)s)")
+    parser.add_argument(
+        "--splits", type=positive_integer, default=1, help="draws of known papers (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--runs", type=positive_integer, default=3, help="draws of weights a split (default: %(default)s)"
+    )
+    parser.add_argument("--hidden", type=positive_integer, default=32, help="channels (default: %(default)s)")
     parser.add_argument("--dropout", type=float, default=0.5, help="(default: %(default)s)")
     parser.add_argument("--weight-decay", type=float, default=5e-4, help="(default: %(default)s)")
     training_flags(parser, out="runs/citation_nodes", batch_size=1, lr=2e-2, budget=f"{EPOCHS}")

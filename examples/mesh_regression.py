@@ -41,7 +41,7 @@ from tqdm import tqdm
 from geo.datasets.solids import revolve
 from geo.kernels import GRFKernel, Series, SparseFeatures, normalized_adjacency, regularised_laplacian
 from geo.nn import LearnableModulation
-from geo.training import report, write_atomic
+from geo.training import positive_integer, report, write_atomic
 
 GENERATED = ("torus", "icosphere")
 COUPLINGS = ("iid", "antithetic", "repelling", "antithetic+repelling")
@@ -345,12 +345,6 @@ def share(text: str) -> float:
     return value
 
 
-def positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a positive integer, got {text!r}")
-    return int(text)
-
-
 def main(argv: list[str] | None = None) -> list[list[object]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -373,12 +367,14 @@ def main(argv: list[str] | None = None) -> list[list[object]]:
         "--walks", type=even_numbers, default="4,16,64", help="walks from each vertex (default: %(default)s)"
     )
     parser.add_argument(
-        "--repeats", type=positive, default=3, help="draws of hidden vertices and walks (default: %(default)s)"
+        "--repeats", type=positive_integer, default=3, help="draws of hidden vertices and walks (default: %(default)s)"
     )
-    parser.add_argument("--steps", type=positive, default=20, help="of learning the modulation (default: %(default)s)")
+    parser.add_argument(
+        "--steps", type=positive_integer, default=20, help="of learning the modulation (default: %(default)s)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the first draw (default: %(default)s)")
     parser.add_argument("--smoke", action="store_true", help="small meshes, one draw, two steps: does it run at all?")
-    parser.add_argument("--threads", type=positive, default=None, help="CPU threads (default: all cores)")
+    parser.add_argument("--threads", type=positive_integer, default=None, help="CPU threads (default: all cores)")
     parser.add_argument(
         "--out",
         type=Path,

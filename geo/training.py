@@ -59,6 +59,7 @@ __all__ = [
     "frame_flags",
     "parity_plot",
     "parse_time",
+    "positive_integer",
     "read_log",
     "report",
     "save_weights",
@@ -100,14 +101,22 @@ def _time_flag(text: str) -> float:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
-def _positive(text: str) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if value < 1:
+def positive_integer(text: str) -> int:
+    """A flag's value as an integer of at least 1, for the ``type=`` of a parser's argument.
+
+    Args:
+        text: As typed.
+
+    Raises:
+        argparse.ArgumentTypeError: If it is something else; the parser prints its message with the flag's name.
+
+    Example:
+        >>> positive_integer("3")
+        3
+    """
+    if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a positive integer, got {text!r}")
-    return value
+    return int(text)
 
 
 def training_flags(
@@ -133,7 +142,7 @@ def training_flags(
     """
     group = parser.add_argument_group("training")
     group.add_argument(
-        "--epochs", type=_positive, default=None, help=f"passes over the training data (default: {budget})"
+        "--epochs", type=positive_integer, default=None, help=f"passes over the training data (default: {budget})"
     )
     group.add_argument(
         "--max-time",
@@ -143,7 +152,7 @@ def training_flags(
         help="training time of each model, as in Lightning; with --epochs, whichever ends first",
     )
     group.add_argument(
-        "--batch-size", type=_positive, default=batch_size, help="graphs in a step (default: %(default)s)"
+        "--batch-size", type=positive_integer, default=batch_size, help="graphs in a step (default: %(default)s)"
     )
     rate = "the preset's" if lr is None else str(lr)
     group.add_argument("--lr", type=float, default=lr, help=f"peak learning rate (default: {rate})")
@@ -154,9 +163,9 @@ def training_flags(
     group.add_argument("--smoke", action="store_true", help="two steps on a handful of samples: does it run at all?")
     group = parser.add_argument_group("machine")
     group.add_argument("--accelerator", default="auto", help="cpu, gpu, mps or auto (default: %(default)s)")
-    group.add_argument("--devices", type=_positive, default=1, help="how many of them (default: %(default)s)")
+    group.add_argument("--devices", type=positive_integer, default=1, help="how many of them (default: %(default)s)")
     group.add_argument(
-        "--threads", type=_positive, default=threads, help=f"CPU threads (default: {threads or 'all cores'})"
+        "--threads", type=positive_integer, default=threads, help=f"CPU threads (default: {threads or 'all cores'})"
     )
     group = parser.add_argument_group("files")
     group.add_argument(

@@ -327,7 +327,7 @@ def test_wrong_flags_and_files_of_citations(citations, tmp_path, capsys):
     for flags, message in (
         (["--data", "cora"], "--data cora needs --root, the folder that PyG's Planetoid was given"),
         (["--models", ""], "--models must be of mean, max, sum, lcm, gru"),
-        (["--runs", "0"], "--runs: must be a whole number of at least 1, got '0'"),
+        (["--runs", "0"], "--runs: must be a positive integer, got '0'"),
         (["--dropout", "1"], "--dropout must be at least 0 and below 1, got 1.0"),
         (["--data", "karate"], "invalid choice: 'karate'"),
     ):
